@@ -1,0 +1,64 @@
+"""Chooses GPU or interpreter before Triton is imported; profiles and markers of the test suite."""
+
+import hypothesis
+import pytest
+import torch
+
+from verify.environment import prepare_interpreter
+
+DEVICE = prepare_interpreter()
+_EXCLUDED = pytest.StashKey[list[str]]()
+
+hypothesis.settings.register_profile(
+    "gate", derandomize=True, deadline=None, max_examples=25, database=None
+)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--profile",
+        choices=("gate", "fuzz"),
+        default="gate",
+        help="hypothesis: `gate` draws the same bounded examples each time, `fuzz` new ones",
+    )
+
+
+def pytest_configure(config) -> None:
+    hypothesis.settings.load_profile(config.getoption("--profile"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels of this run are launched."""
+    return torch.device(DEVICE)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Deselects what this machine cannot run, and benchmarks that nobody asked for."""
+    devices = torch.cuda.device_count() if DEVICE == "cuda" else 0
+    benchmarks = "bench" in config.option.markexpr or any(
+        str(argument).startswith("--benchmark") for argument in config.invocation_params.args
+    )
+    reasons = {}
+    if devices < 1:
+        reasons["gpu"] = "no CUDA device is in use"
+    if devices < 2:
+        reasons["multi_gpu"] = f"it takes 2 CUDA devices and {devices} is in use"
+    if not benchmarks:
+        reasons["bench"] = "no --benchmark option or -m bench was given"
+    kept, excluded = [], {marker: [] for marker in reasons}
+    for item in items:
+        marker = next((marker for marker in reasons if item.get_closest_marker(marker)), None)
+        (kept if marker is None else excluded[marker]).append(item)
+    config.stash[_EXCLUDED] = [
+        f"{len(found)} {marker} tests deselected: {reasons[marker]}"
+        for marker, found in excluded.items()
+        if found
+    ]
+    config.hook.pytest_deselected(items=[item for found in excluded.values() for item in found])
+    items[:] = kept
+
+
+def pytest_report_collectionfinish(config) -> list[str]:
+    return config.stash.get(_EXCLUDED, [])
