@@ -1,5 +1,6 @@
 """Two revisions of a package live side by side: each has its results and its operators."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,8 @@ def product(lib, device: torch.device) -> torch.Tensor:
     x = torch.ones(3, 16, device=device)
     weight = torch.full((2, 16, 16), 1 / 16, device=device)
     order = lib.RowOrder
-    return lib.ops.scatter2scatter(x, weight, routing, source=order.TOKEN, target=order.SLOT)
+    ops = importlib.import_module(f"{lib.__name__}.ops")
+    return ops.scatter2scatter(x, weight, routing, source=order.TOKEN, target=order.SLOT)
 
 
 @pytest.mark.usefixtures("unloading")
