@@ -1,0 +1,101 @@
+"""The choice of device, what records say of a machine, and what a test run leaves out aloud."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from verify import environment
+
+pytestmark = pytest.mark.correctness
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "directory"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("AMD Instinct MI300X (gfx942)", "amd-instinct-mi300x-gfx942"),
+    ],
+)
+def test_the_directory_of_a_gpu_is_its_name(name, directory):
+    assert environment.gpu_directory_name(name) == directory
+
+
+def test_the_environment_of_a_record_is_json_and_names_its_software(device):
+    facts = environment.environment(device)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["torch"] == torch.__version__
+    assert facts.keys() >= {"python", "triton", "numpy", "cuda", "driver", "device", "capability"}
+    assert (facts["driver"] is None) == (device.type == "cpu")
+
+
+def run(script: str, **variables: str) -> subprocess.CompletedProcess:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_choice_is_made_before_triton_is_imported():
+    ran = run(
+        "import os, sys; from verify.environment import prepare_interpreter\n"
+        "assert prepare_interpreter('cpu') == 'cpu' and 'triton' not in sys.modules\n"
+        "print(os.environ['TRITON_INTERPRET'])"
+    )
+    assert ran.stdout.strip() == "1", ran.stderr
+
+
+def test_a_choice_that_comes_too_late_is_refused():
+    ran = run(
+        "import triton; from verify.environment import prepare_interpreter\n"
+        "prepare_interpreter('cpu')"
+    )
+    assert "triton was imported before" in ran.stderr
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="'cuda:0' was asked for"):
+        environment.prepare_interpreter("cuda:0")
+
+
+def test_what_a_machine_cannot_run_is_deselected_with_a_count(tmp_path):
+    for name in ("conftest.py", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    marks = ("gpu", "gpu", "multi_gpu", "bench", "correctness")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_marks.py").write_text(
+        "import pytest\n"
+        + "".join(f"@pytest.mark.{m}\ndef test_{i}(): pass\n" for i, m in enumerate(marks))
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", tmp_path]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+
+    def outcome(*options: str) -> str:
+        return subprocess.run(
+            [*command, *options],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    plain = outcome()
+    assert "2 gpu tests deselected: no CUDA device is in use" in plain
+    assert "1 multi_gpu tests deselected" in plain
+    assert "1 bench tests deselected" in plain
+    assert "1 passed, 4 deselected" in plain
+    assert "2 passed, 3 deselected" in outcome("--benchmark-disable")
+    assert "1 passed, 4 deselected" in outcome("-m", "bench")
