@@ -1,0 +1,139 @@
+"""What the launchers demand of their operands, stated once."""
+
+import torch
+from torch import Tensor
+
+from .._interpreter import require_supported
+from ..routing import Routing, RowOrder
+from ..weights import LoRAWeights
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> None:
+    """A row operand: 2-D, of a supported dtype, on the routing's device, as many rows as its order has."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+    if value.ndim != 2:
+        raise ValueError(f"{name} must be [rows, width], got shape {list(value.shape)}")
+    if value.device != routing.device:
+        raise ValueError(f"{name} is on {value.device} but the routing is on {routing.device}")
+    expected = routing.row_count(order)
+    if value.shape[0] != expected:
+        raise ValueError(
+            f"{name} has {value.shape[0]} rows, but {order.value} order of this routing "
+            f"has {expected}"
+        )
+    require_supported(value.dtype, value.device)
+
+
+def check_target(order: RowOrder) -> None:
+    """Products are written per row; sums over the choices of a token belong to `combine`."""
+    if order is RowOrder.TOKEN:
+        raise ValueError("target must be RowOrder.SLOT or RowOrder.EXPERT, got RowOrder.TOKEN")
+
+
+def check_same(name: str, value: Tensor, x_name: str, x: Tensor) -> None:
+    """Two operands of one product: same dtype, same device."""
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} is {value.dtype} but {x_name} is {x.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} but {x_name} is on {x.device}")
+
+
+def check_weight(name: str, weight: Tensor, x: Tensor, routing: Routing) -> None:
+    """A stack [experts, x width, n]."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if weight.ndim != 3:
+        raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
+    check_same(name, weight, "x", x)
+    if weight.shape[0] != routing.experts:
+        raise ValueError(
+            f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"
+        )
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but x has {x.shape[1]}")
+    if min(weight.shape) < 1:
+        raise ValueError(f"{name} must not be empty, got shape {list(weight.shape)}")
+
+
+def check_bias(bias: Tensor | None, routing: Routing, width: int, device: torch.device) -> None:
+    """A bias [experts, width] of any floating dtype."""
+    if bias is None:
+        return
+    if not bias.dtype.is_floating_point:
+        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+    if tuple(bias.shape) != (routing.experts, width):
+        raise ValueError(
+            f"bias must have shape {[routing.experts, width]}, got {list(bias.shape)}"
+        )
+    if bias.device != device:
+        raise ValueError(f"bias is on {bias.device} but x is on {device}")
+
+
+def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
+    """One coefficient per slot, floating point, `rows` elements in slot order."""
+    if scale is None:
+        return
+    if not scale.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {scale.dtype}")
+    if scale.numel() != routing.rows:
+        raise ValueError(f"{name} has {scale.numel()} elements but the routing has {routing.rows}")
+    if scale.device != routing.device:
+        raise ValueError(f"{name} is on {scale.device} but the routing is on {routing.device}")
+
+
+def check_lora(lora: LoRAWeights, routing: Routing, k: int, n: int, x: Tensor) -> None:
+    """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32."""
+    if lora.experts != routing.experts:
+        raise ValueError(f"lora has {lora.experts} experts but the routing has {routing.experts}")
+    if lora.a.shape[2] != k:
+        raise ValueError(f"lora.a takes inputs of width {lora.a.shape[2]} but x has width {k}")
+    if lora.b.shape[1] != n:
+        raise ValueError(f"lora.b has output width {lora.b.shape[1]} but the weight has {n}")
+    if lora.a.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"lora is {lora.a.dtype}; with x in {x.dtype} it must be that or float32")
+    if lora.a.device != x.device:
+        raise ValueError(f"lora is on {lora.a.device} but x is on {x.device}")
+
+
+def w_map(weight: Tensor) -> str:
+    """The layout of [experts, k, n] that a tensor map can address: "nk", "kn", or "" for none.
+
+    A tensor map needs a 16-byte aligned start, a contiguous last dimension and 16-byte strides.
+    """
+    if weight.data_ptr() % 16:
+        return ""
+    if weight.stride(1) == 1 and _aligned(weight, weight.stride(2)) and weight.shape[1] * weight.itemsize >= 16:
+        return "nk"
+    if weight.stride(2) == 1 and _aligned(weight, weight.stride(1)) and weight.shape[2] * weight.itemsize >= 16:
+        return "kn"
+    return ""
+
+
+def addressable(x: Tensor) -> bool:
+    """Whether a tensor map can address the rows of x."""
+    return (
+        x.data_ptr() % 16 == 0
+        and x.stride(1) == 1
+        and x.stride(0) > 0
+        and x.stride(0) * x.itemsize % 16 == 0
+        and x.shape[1] * x.itemsize >= 16
+    )
+
+
+def _aligned(weight: Tensor, row_stride: int) -> bool:
+    strides = (weight.stride(0), row_stride)
+    return all(stride > 0 and stride * weight.itemsize % 16 == 0 for stride in strides)
+
+
+def fits_grouped_mm(x: Tensor, *stacks: Tensor) -> bool:
+    """Whether torch._grouped_mm takes the operands natively: bf16 on CUDA sm_90 or newer, 16-byte strides."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cuda":
+        return False
+    if torch.cuda.get_device_capability(x.device) < (9, 0) or x.shape[1] * 2 % 16:
+        return False
+    return all(w_map(stack) != "" for stack in stacks)

@@ -1,0 +1,67 @@
+"""What the kernels share: views of operands, and the device code that finds a program's rows."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._row_tiles import DROPPED, UNUSED
+
+__all__ = ["DROPPED", "UNUSED", "Matrix", "Stack", "locate", "matrix", "stack", "tile_rows"]
+
+
+class Matrix(NamedTuple):
+    """A 2-D operand: element (i, j) is at ptr + i * row + j * col."""
+
+    ptr: Any
+    row: Any
+    col: Any
+
+
+class Stack(NamedTuple):
+    """One matrix per expert: element (i, j) of expert e is at ptr + e * expert + i * row + j * col."""
+
+    ptr: Any
+    expert: Any
+    row: Any
+    col: Any
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """The view of a 2-D tensor that a kernel takes."""
+    return Matrix(tensor, tensor.stride(0), tensor.stride(1))
+
+
+def stack(tensor: Tensor) -> Stack:
+    """The view of a 3-D tensor [experts, rows, columns] that a kernel takes."""
+    return Stack(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+@triton.jit
+def locate(tiles, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's (expert, first row, end of the expert's rows, column block).
+
+    Programs of one expert are numbered column block by column block, row tiles fastest.
+    """
+    program = tl.program_id(0)
+    column_blocks = tl.cdiv(columns, BLOCK_N)
+    entry = tiles + (program // column_blocks).to(tl.int64) * 4
+    expert = tl.load(entry)
+    first = tl.load(entry + 1)
+    begin = tl.load(entry + 2)
+    end = tl.load(entry + 3)
+    row_blocks = tl.maximum(tl.cdiv(end - begin, BLOCK_M), 1)
+    within = program - first * column_blocks
+    column_block = within // row_blocks
+    row = begin + (within % row_blocks) * BLOCK_M
+    return expert, row, end, column_block
+
+
+@triton.jit
+def tile_rows(slots, row, end, fan_out, BY_EXPERT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Operand rows of a tile, int64 [BLOCK_M]; rows past the end repeat the last one."""
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64)
+    if not BY_EXPERT:
+        rows = tl.load(slots + rows) // fan_out
+    return rows

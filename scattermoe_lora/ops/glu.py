@@ -1,0 +1,243 @@
+"""Gated activations of an expert MLP and their gradient, one pass each.
+
+    forward   act = f(gate, up)                      [gate | up] = h, halves or interleaved columns
+    backward  dh = g f'(h) dact;  act again;  dg = <act, dact>       dact before gating, g one gate per row
+
+    SIGMOID: f = (u + shift) a sigmoid(alpha a)      a = min(gate, limit), u = clamp(up, -limit, limit)
+    TANH:    f = u gelu_tanh(a)
+
+SiLU is SIGMOID with alpha 1, shift 0 and no limit; gpt-oss has alpha 1.702, shift 1 and limit 7, interleaved.
+"""
+
+import enum
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._interpreter import require_supported
+from ..routing import Routing, RowOrder
+from ._check import check_row_scale, check_rows, check_same
+from ._tile import matrix
+
+
+class Gate(enum.StrEnum):
+    """The nonlinearity on the gate half."""
+
+    SIGMOID = "sigmoid"
+    TANH = "tanh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """A gated activation; see the module's formula. limit: infinity for none."""
+
+    gate: Gate = Gate.SIGMOID
+    alpha: float = 1.0
+    shift: float = 0.0
+    limit: float = math.inf
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"limit must be positive, got {self.limit}")
+        if self.gate is Gate.TANH and (self.alpha != 1.0 or self.shift != 0.0):
+            raise ValueError(
+                f"a tanh gate has alpha 1 and shift 0, got {self.alpha} and {self.shift}"
+            )
+
+
+def glu_forward(h: Tensor, activation: Activation) -> Tensor:
+    """act [rows, I] from h [rows, 2 I], computed in fp32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: h is not 2-D floating point, or has an odd width.
+    """
+    _check_h(h)
+    act = torch.empty((h.shape[0], h.shape[1] // 2), dtype=h.dtype, device=h.device)
+    if act.numel():
+        block = _block(act.shape[1])
+        glu_forward_kernel[(h.shape[0], triton.cdiv(act.shape[1], block))](
+            matrix(h),
+            matrix(act),
+            act.shape[1],
+            activation.alpha,
+            activation.shift,
+            activation.limit,
+            TANH=activation.gate is Gate.TANH,
+            CLAMPED=math.isfinite(activation.limit),
+            INTERLEAVED=activation.interleaved,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return act
+
+
+def glu_backward(
+    h: Tensor,
+    dact: Tensor,
+    routing: Routing,
+    activation: Activation,
+    *,
+    gates: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient through the activation and the gates of the routed sum that follows it.
+
+    Args:
+        h: [rows, 2 I] in expert order. dact: [rows, I], gradient of act before gating.
+        gates: [tokens, top_k] or None for ones.
+
+    Returns:
+        dh [rows, 2 I], act [rows, I] (recomputed), and dgates fp32 [tokens, top_k] = <act, dact>.
+    """
+    _check_h(h)
+    check_rows("h", h, routing, RowOrder.EXPERT)
+    check_rows("dact", dact, routing, RowOrder.EXPERT)
+    check_same("dact", dact, "h", h)
+    check_row_scale("gates", gates, routing)
+    if 2 * dact.shape[1] != h.shape[1]:
+        raise ValueError(f"h has width {h.shape[1]} but dact has {dact.shape[1]}")
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    act = torch.empty(dact.shape, dtype=h.dtype, device=h.device)
+    dgates = torch.empty((routing.tokens, routing.top_k), dtype=torch.float32, device=h.device)
+    if routing.rows:
+        glu_backward_kernel[(routing.rows,)](
+            matrix(h),
+            matrix(dact),
+            None if gates is None else gates.reshape(-1),
+            matrix(dh),
+            matrix(act),
+            dgates,
+            routing.slots,
+            dact.shape[1],
+            activation.alpha,
+            activation.shift,
+            activation.limit,
+            TANH=activation.gate is Gate.TANH,
+            CLAMPED=math.isfinite(activation.limit),
+            INTERLEAVED=activation.interleaved,
+            BLOCK=_block(dact.shape[1]),
+            num_warps=4,
+        )
+    return dh, act, dgates
+
+
+@triton.jit
+def gate_and_up(h, row, i, width, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr, limit):
+    """fp32 (gate, up, gate passes gradient, up passes gradient), and the columns of both in h."""
+    if INTERLEAVED:
+        gate_col = 2 * i
+        up_col = 2 * i + 1
+    else:
+        gate_col = i
+        up_col = width + i
+    inside = i < width
+    a = tl.load(h.ptr + row * h.row + gate_col * h.col, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(h.ptr + row * h.row + up_col * h.col, mask=inside, other=0.0).to(tl.float32)
+    a_passes = inside
+    u_passes = inside
+    if CLAMPED:
+        a_passes = ~(a > limit)
+        u_passes = ~((u > limit) | (u < -limit))
+        a = tl.where(a_passes, a, limit)
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    return a, u, a_passes, u_passes, gate_col, up_col
+
+
+@triton.jit
+def gate_value(a, alpha, TANH: tl.constexpr):
+    """The nonlinearity s(a), with f = (u + shift) s(a), and its derivative."""
+    if TANH:
+        c: tl.constexpr = 0.7978845608028654
+        d: tl.constexpr = 0.044715
+        t = 2.0 * tl.sigmoid(2.0 * c * (a + d * a * a * a)) - 1.0
+        value = 0.5 * a * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * a * (1.0 - t * t) * c * (1.0 + 3.0 * d * a * a)
+    else:
+        s = tl.sigmoid(alpha * a)
+        value = a * s
+        slope = s + alpha * a * s * (1.0 - s)
+    return value, slope
+
+
+@triton.jit(do_not_specialize=["alpha", "shift", "limit"])
+def glu_forward_kernel(
+    h,
+    act,
+    width,
+    alpha,
+    shift,
+    limit,
+    TANH: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK columns of one row of act."""
+    row = tl.program_id(0).to(tl.int64)
+    i = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    a, u, _, _, _, _ = gate_and_up(h, row, i, width, CLAMPED, INTERLEAVED, limit)
+    value, _ = gate_value(a, alpha, TANH)
+    result = (u + shift) * value
+    ptrs = act.ptr + row * act.row + i * act.col
+    tl.store(ptrs, result.to(act.ptr.dtype.element_ty), mask=i < width)
+
+
+@triton.jit(do_not_specialize=["alpha", "shift", "limit"])
+def glu_backward_kernel(
+    h,
+    dact,
+    gates,
+    dh,
+    act,
+    dgates,
+    slots,
+    width,
+    alpha,
+    shift,
+    limit,
+    TANH: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of dh and act, and one gate's gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    g = 1.0
+    if gates is not None:
+        g = tl.load(gates + slot).to(tl.float32)
+    dot = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = i < width
+        a, u, a_passes, u_passes, gate_col, up_col = gate_and_up(
+            h, row, i, width, CLAMPED, INTERLEAVED, limit
+        )
+        d = tl.load(dact.ptr + row * dact.row + i * dact.col, mask=inside, other=0.0).to(tl.float32)
+        value, slope = gate_value(a, alpha, TANH)
+        result = (u + shift) * value
+        dot += result * d
+        grad_gate = tl.where(a_passes, g * d * (u + shift) * slope, 0.0)
+        grad_up = tl.where(u_passes, g * d * value, 0.0)
+        dh_row = dh.ptr + row * dh.row
+        element = dh.ptr.dtype.element_ty
+        tl.store(act.ptr + row * act.row + i * act.col, result.to(element), mask=inside)
+        tl.store(dh_row + gate_col * dh.col, grad_gate.to(element), mask=inside)
+        tl.store(dh_row + up_col * dh.col, grad_up.to(element), mask=inside)
+    tl.store(dgates + slot, tl.sum(dot))
+
+
+def _check_h(h: Tensor) -> None:
+    if not h.dtype.is_floating_point:
+        raise TypeError(f"h must be floating point, got {h.dtype}")
+    if h.ndim != 2 or h.shape[1] % 2:
+        raise ValueError(f"h must be [rows, 2 I], got shape {list(h.shape)}")
+    require_supported(h.dtype, h.device)
+
+
+def _block(width: int) -> int:
+    return min(max(triton.next_power_of_2(width), 64), 1024)

@@ -1,0 +1,73 @@
+"""torch._grouped_mm over rows in expert order: a dispatch path where it is native, and a cross-check."""
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing, RowOrder
+
+
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """The routed product by torch._grouped_mm; base, bias and scale are rounded one after the other."""
+    y = grouped(by_expert(x, routing, source), weight, routing)
+    if bias is not None:
+        kept = routing.expert_of_row.clamp(max=routing.experts - 1)
+        y = zero_dropped(y + bias.to(y.dtype).index_select(0, kept), routing)
+    if row_scale is not None:
+        y = y * row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1).to(y.dtype)
+    return place(y, routing, target)
+
+
+def grouped(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """x [rows, K] in expert order times W [experts, K, N] -> [rows, N]; dropped rows are zero."""
+    require_native(x, weight)
+    return zero_dropped(torch._grouped_mm(x, weight, offs=routing.offsets[1:]), routing)
+
+
+def zero_dropped(y: Tensor, routing: Routing) -> Tensor:
+    """The rows of no expert set to zero, in place."""
+    return y.masked_fill_((routing.expert_of_row == routing.experts).unsqueeze(1), 0)
+
+
+def grouped_gram(p: Tensor, q: Tensor, routing: Routing) -> Tensor:
+    """Per-expert p^T q: p [rows, P] and q [rows, Q] in expert order -> [experts, P, Q]."""
+    require_native(p, q)
+    return torch._grouped_mm(p.t(), q, offs=routing.offsets[1:])
+
+
+def by_expert(x: Tensor, routing: Routing, order: RowOrder) -> Tensor:
+    """A contiguous copy of x in expert order; x itself where it has that order already."""
+    if order is RowOrder.EXPERT:
+        return x.contiguous()
+    return x.index_select(0, routing.slots // routing.fan_out(order))
+
+
+def place(y: Tensor, routing: Routing, target: RowOrder) -> Tensor:
+    """Rows in expert order written to `target` order."""
+    if target is RowOrder.EXPERT:
+        return y
+    return torch.empty_like(y).index_copy_(0, routing.slots, y)
+
+
+def require_native(*operands: Tensor) -> None:
+    """Refuse operands that torch._grouped_mm would take to a fallback that synchronises."""
+    for operand in operands:
+        if operand.dtype != torch.bfloat16 or operand.device.type != "cuda":
+            raise ValueError(
+                "the grouped_mm path needs bfloat16 on CUDA, got "
+                f"{operand.dtype} on {operand.device}"
+            )
+        contiguous = max(operand.stride()[-2:]) if 1 in operand.stride()[-2:] else 0
+        if contiguous == 0 or contiguous * operand.itemsize % 16:
+            raise ValueError(
+                "the grouped_mm path needs 16-byte strides, got shape "
+                f"{list(operand.shape)} with strides {list(operand.stride())}"
+            )

@@ -1,0 +1,198 @@
+"""Routed LoRA products: the forward product and the input gradient, on any of their paths.
+
+    forward     y  = x W + t B^T + b       t  = s x A^T
+    input grad  dx = dy W^T + yb A         yb = s dy B
+
+The input gradient is the forward product of dy with the transposed weight and the transposed adapter.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from ..plan import Device, Operation, Path, Plan, choose
+from ..routing import Routing, RowOrder
+from ..weights import LoRAWeights
+from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
+from ._tile import matrix, stack
+from .fused import fused_kernel
+from .grouped_mm import by_expert, grouped, grouped_product, place
+from .product import launch_product, product_problem, rank_block
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora: LoRAWeights,
+    routing: Routing,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y[i] = g[i] (x[i] W[e] + s (x[i] A[e]^T) B[e]^T + b[e]) for every routed row i of expert e.
+
+    Args:
+        x: [routing.row_count(source), K], fp32, fp16 or bf16, any strides.
+        weight: [experts, K, N], dtype of x, any strides.
+        lora: a [experts, R, K], b [experts, N, R], in the dtype of x or fp32 (rounded to that of x).
+        bias: [experts, N]. row_scale: g, `rows` coefficients in slot order.
+
+    Returns:
+        y [rows, N] in `target` order, and t = s x A^T [rows, R] in expert order, not scaled by g.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit, or the plan's path does not take it.
+    """
+    return _lora_product(
+        x, weight, lora, routing, Operation.LORA_FORWARD,
+        source=source, target=target, bias=bias, row_scale=row_scale, plan=plan,
+    )
+
+
+def lora_input_grad(
+    dy: Tensor,
+    weight: Tensor,
+    lora: LoRAWeights,
+    routing: Routing,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx[i] = g[i] (dy[i] W[e]^T + s (dy[i] B[e]) A[e]) for every routed row i of expert e.
+
+    Args:
+        dy: [routing.row_count(source), N]; source TOKEN where the rows of a token share one gradient.
+        weight, lora: those of the forward product.
+
+    Returns:
+        dx [rows, K] in `target` order, and yb = s dy B [rows, R] in expert order, not scaled by g.
+    """
+    return _lora_product(
+        dy, weight.mT, lora.transposed, routing, Operation.LORA_INPUT_GRAD,
+        source=source, target=target, bias=None, row_scale=row_scale, plan=plan,
+    )
+
+
+def _lora_product(
+    x: Tensor,
+    weight: Tensor,
+    lora: LoRAWeights,
+    routing: Routing,
+    operation: Operation,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    plan: Plan | None,
+) -> tuple[Tensor, Tensor]:
+    check_rows("x", x, routing, source)
+    check_target(target)
+    check_weight("weight", weight, x, routing)
+    check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
+    check_bias(bias, routing, weight.shape[2], x.device)
+    check_row_scale("row_scale", row_scale, routing)
+    if plan is None:
+        problem = product_problem(x, weight, routing, operation, lora.rank)
+        plan = choose(problem, Device.of(x.device))
+    down, up = as_operand(lora.a, x.dtype), as_operand(lora.b, x.dtype)
+    call = {"source": source, "target": target, "bias": bias, "row_scale": row_scale}
+    match plan.path:
+        case Path.EPILOGUE:
+            low = _shrink(x, down, lora.scaling, routing, source, plan)
+            y = launch_product(x, weight, routing, plan.tile, plan, low_rank=(low, up.mT), **call)
+        case Path.FUSED:
+            y, low = _fused(x, weight, down, up, lora.scaling, routing, plan, **call)
+        case Path.SPLIT:
+            low = _shrink(x, down, lora.scaling, routing, source, plan)
+            y = launch_product(x, weight, routing, plan.tile, plan, **call)
+            call |= {"source": RowOrder.EXPERT, "bias": None}
+            expand = replace(plan.tile, block_k=rank_block(lora.rank), descriptor=False)
+            y = y.add_(launch_product(low, up.mT, routing, expand, plan, **call))
+        case Path.GROUPED_MM:
+            grouped_x = by_expert(x, routing, source)
+            low = grouped(grouped_x, down.mT, routing) * lora.scaling
+            call |= {"source": RowOrder.EXPERT}
+            y = grouped_product(grouped_x, weight, routing, **call)
+            call |= {"bias": None}
+            y = y.add_(grouped_product(low, up.mT, routing, **call))
+        case _:
+            raise ValueError(f"{operation.value} has no path {plan.path.value!r}")
+    return y, low
+
+
+def as_operand(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor in the dtype of the product, copied where no dimension of a matrix is contiguous."""
+    if 1 in factor.stride()[-2:]:
+        return factor.to(dtype)
+    return factor.to(dtype).contiguous()
+
+
+def _shrink(
+    x: Tensor, down: Tensor, scaling: float, routing: Routing, source: RowOrder, plan: Plan
+) -> Tensor:
+    if plan.shrink is None:
+        raise ValueError(f"a plan on the {plan.path.value} path needs a shrink tile")
+    return launch_product(
+        x, down.mT, routing, plan.shrink, plan,
+        source=source, target=RowOrder.EXPERT, scale=scaling,
+    )
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    routing: Routing,
+    plan: Plan,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    tile = plan.tile
+    if tile.descriptor:
+        raise ValueError("the fused path loads W through pointers, but the plan asks for a tensor map")
+    width, rank = weight.shape[2], down.shape[1]
+    y = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
+    low = torch.empty((routing.rows, rank), dtype=x.dtype, device=x.device)
+    if routing.rows == 0:
+        return y, low
+    tiles, count = routing.tile_table(tile.block_m)
+    fused_kernel[(count * triton.cdiv(width, tile.block_n),)](
+        matrix(x),
+        stack(weight),
+        stack(down.mT),
+        stack(up.mT),
+        None if bias is None else matrix(bias),
+        None if row_scale is None else row_scale.reshape(-1),
+        matrix(y),
+        matrix(low),
+        routing.slots,
+        tiles,
+        routing.fan_out(source),
+        weight.shape[1],
+        width,
+        rank,
+        float(scaling),
+        X_BY_EXPERT=source is RowOrder.EXPERT,
+        Y_BY_EXPERT=target is RowOrder.EXPERT,
+        PRECISION=plan.precision.value,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=max(triton.next_power_of_2(rank), 16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y, low

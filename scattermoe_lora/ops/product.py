@@ -1,0 +1,207 @@
+"""Launcher of the routed product."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..plan import Device, Operation, Path, Plan, Problem, Tile, choose, current_precision
+from ..routing import Routing, RowOrder
+from ..weights import LoRAWeights
+from ._check import (
+    check_bias,
+    check_lora,
+    check_row_scale,
+    check_rows,
+    check_same,
+    check_target,
+    check_weight,
+    addressable,
+    fits_grouped_mm,
+    w_map,
+)
+from ._tile import Stack, matrix, stack
+from .grouped_mm import grouped_product
+from .scatter2scatter import scatter2scatter_kernel
+
+
+def scatter2scatter(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """y[i] = g[i] (x[i] W[e] + b[e]) for every routed row i of expert e; dropped rows are zero.
+
+    Args:
+        x: [routing.row_count(source), K], fp32, fp16 or bf16, any strides.
+        weight: [experts, K, N], dtype of x, any strides; stored [experts, N, K] it is passed as its mT.
+        source: order of the rows of x.
+        target: order of the rows of the result, SLOT or EXPERT.
+        bias: [experts, N], any floating dtype.
+        row_scale: g, `rows` coefficients in slot order, any floating dtype.
+
+    Returns:
+        [rows, N] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit; the message names it and both numbers.
+    """
+    check_rows("x", x, routing, source)
+    check_target(target)
+    check_weight("weight", weight, x, routing)
+    check_bias(bias, routing, weight.shape[2], x.device)
+    check_row_scale("row_scale", row_scale, routing)
+    if plan is None:
+        plan = choose(product_problem(x, weight, routing), Device.of(x.device))
+    if plan.path is Path.GROUPED_MM:
+        return grouped_product(
+            x, weight, routing, source=source, target=target, bias=bias, row_scale=row_scale
+        )
+    if plan.path is not Path.TILES:
+        raise ValueError(f"scatter2scatter has no path {plan.path.value!r}")
+    return launch_product(
+        x, weight, routing, plan.tile, plan,
+        source=source, target=target, bias=bias, row_scale=row_scale,
+    )
+
+
+def shrink(
+    x: Tensor,
+    factor: Tensor,
+    routing: Routing,
+    *,
+    scaling: float,
+    source: RowOrder,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """scaling x[i] F[e]^T for every routed row, in expert order: the narrow half of a LoRA product.
+
+    Args:
+        x: [routing.row_count(source), K].
+        factor: [experts, rank, K], dtype of x: A for the forward product, B^T for the gradient.
+
+    Returns:
+        [rows, rank] in the dtype of x, rounded once.
+    """
+    check_rows("x", x, routing, source)
+    check_weight("factor", factor.mT, x, routing)
+    check_row_scale("row_scale", row_scale, routing)
+    if plan is None:
+        problem = product_problem(x, factor.mT, routing, Operation.SHRINK)
+        plan = choose(problem, Device.of(x.device))
+    return launch_product(
+        x, factor.mT, routing, plan.tile, plan,
+        source=source, target=RowOrder.EXPERT, row_scale=row_scale, scale=scaling,
+    )
+
+
+def product_problem(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    operation: Operation = Operation.SCATTER2SCATTER,
+    rank: int = 0,
+) -> Problem:
+    """The facts about a product that its plan depends on."""
+    if operation is Operation.SHRINK:
+        rank = weight.shape[2]
+    return Problem(
+        operation=operation,
+        rows=routing.rows,
+        experts=routing.experts,
+        k=weight.shape[1],
+        n=weight.shape[2],
+        rank=rank,
+        dtype=x.dtype,
+        precision=current_precision(),
+        w_map=w_map(weight),
+        grouped_mm=fits_grouped_mm(x, weight),
+    )
+
+
+def launch_product(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    tile: Tile,
+    plan: Plan,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    bias: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R, N])."""
+    width = weight.shape[2]
+    y = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
+    if routing.rows == 0:
+        return y
+    layout = w_map(weight) if tile.descriptor else ""
+    if tile.descriptor and not layout:
+        raise ValueError(
+            "the plan loads W through a tensor map, but W has shape "
+            f"{list(weight.shape)}, strides {list(weight.stride())} and cannot be addressed by one"
+        )
+    x_map = tile.x_descriptor and source is RowOrder.EXPERT and addressable(x)
+    left, right = low_rank if low_rank is not None else (None, None)
+    rank = 0 if right is None else right.shape[1]
+    tiles, count = routing.tile_table(tile.block_m)
+    scatter2scatter_kernel[(count * triton.cdiv(width, tile.block_n),)](
+        row_operand(x, tile) if x_map else matrix(x),
+        weight_operand(weight, layout, tile),
+        None if bias is None else matrix(bias),
+        None if left is None else matrix(left),
+        None if right is None else stack(right),
+        None if row_scale is None else row_scale.reshape(-1),
+        matrix(y),
+        routing.slots,
+        tiles,
+        routing.fan_out(source),
+        weight.shape[1],
+        width,
+        rank,
+        float(scale),
+        X_BY_EXPERT=source is RowOrder.EXPERT,
+        Y_BY_EXPERT=target is RowOrder.EXPERT,
+        X_DESCRIPTOR=x_map,
+        W_DESCRIPTOR=layout,
+        EVEN_K=weight.shape[1] % tile.block_k == 0,
+        PRECISION=plan.precision.value,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=rank_block(rank),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def rank_block(rank: int) -> int:
+    """Ranks per step of the low-rank term: a power of two of at least 16 and at most 64."""
+    return min(max(triton.next_power_of_2(max(rank, 1)), 16), 64)
+
+
+def weight_operand(weight: Tensor, layout: str, tile: Tile) -> Stack | TensorDescriptor:
+    """W as the kernel takes it: pointer and strides, or a tensor map over [experts, ., .]."""
+    if not layout:
+        return stack(weight)
+    stored = weight.mT if layout == "nk" else weight
+    inner = (tile.block_n, tile.block_k) if layout == "nk" else (tile.block_k, tile.block_n)
+    return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), [1, *inner])
+
+
+def row_operand(x: Tensor, tile: Tile) -> TensorDescriptor:
+    """Rows in expert order as a tensor map [rows, K]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k])

@@ -1,0 +1,150 @@
+"""Moving rows: gather into expert order, and the gated sum over the choices of a token with its gradient.
+
+    group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones zero
+    combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no atomics
+    combine_grad  dg[t, j] = <y[t k + j], dout[t]>
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..routing import Routing, RowOrder
+from ._check import check_row_scale, check_rows, check_same
+from ._tile import matrix
+
+
+def group(
+    x: Tensor, routing: Routing, *, source: RowOrder, row_scale: Tensor | None = None
+) -> Tensor:
+    """Rows of x copied into expert order, each times its coefficient; dropped rows are zero.
+
+    Args:
+        x: [routing.row_count(source), K], source TOKEN or SLOT.
+        row_scale: g, `rows` coefficients in slot order, any floating dtype.
+
+    Returns:
+        [rows, K] in the dtype of x.
+    """
+    check_rows("x", x, routing, source)
+    check_row_scale("row_scale", row_scale, routing)
+    if source is RowOrder.EXPERT:
+        raise ValueError("source must be RowOrder.TOKEN or RowOrder.SLOT, got RowOrder.EXPERT")
+    out = torch.empty((routing.rows, x.shape[1]), dtype=x.dtype, device=x.device)
+    if out.numel():
+        block_n = _columns(x.shape[1])
+        group_kernel[(routing.rows, triton.cdiv(x.shape[1], block_n))](
+            matrix(x),
+            None if row_scale is None else row_scale.reshape(-1),
+            matrix(out),
+            routing.slots,
+            routing.expert_of_row,
+            routing.fan_out(source),
+            routing.experts,
+            x.shape[1],
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["experts"])
+def group_kernel(
+    x, row_scale, out, slots, expert_of_row, fan_out, experts, N, BLOCK_N: tl.constexpr
+):
+    """BLOCK_N columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    slot = tl.load(slots + row)
+    kept = tl.load(expert_of_row + row) < experts
+    value = tl.load(x.ptr + slot // fan_out * x.row + n * x.col, mask=(n < N) & kept, other=0.0)
+    if row_scale is not None:
+        g = tl.load(row_scale + slot, mask=kept, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) * g).to(out.ptr.dtype.element_ty)
+    tl.store(out.ptr + row * out.row + n * out.col, value, mask=n < N)
+
+
+def combine(y: Tensor, routing: Routing, *, gates: Tensor | None = None) -> Tensor:
+    """out[t] = sum over j of gates[t, j] y[t k + j]; without gates the plain sum.
+
+    Args:
+        y: [rows, N] in slot order.
+        gates: [tokens, top_k], any floating dtype.
+
+    Returns:
+        [tokens, N] in the dtype of y, rounded once.
+    """
+    check_rows("y", y, routing, RowOrder.SLOT)
+    check_row_scale("gates", gates, routing)
+    out = torch.empty((routing.tokens, y.shape[1]), dtype=y.dtype, device=y.device)
+    if out.numel():
+        block_n = _columns(y.shape[1])
+        combine_kernel[(routing.tokens, triton.cdiv(y.shape[1], block_n))](
+            matrix(y),
+            None if gates is None else gates.reshape(-1),
+            matrix(out),
+            y.shape[1],
+            TOP_K=routing.top_k,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit
+def combine_kernel(y, gates, out, N, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_N columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for j in range(TOP_K):
+        slot = token * TOP_K + j
+        value = tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, other=0.0).to(tl.float32)
+        if gates is not None:
+            value *= tl.load(gates + slot).to(tl.float32)
+        acc += value
+    ptrs = out.ptr + token * out.row + n * out.col
+    tl.store(ptrs, acc.to(out.ptr.dtype.element_ty), mask=n < N)
+
+
+def combine_grad(y: Tensor, dout: Tensor, routing: Routing) -> Tensor:
+    """Gradient of the gates: <y[t k + j], dout[t]>, [tokens, top_k] in fp32.
+
+    Args:
+        y: [rows, N] in slot order, before gating. dout: [tokens, N], dtype of y.
+    """
+    check_rows("y", y, routing, RowOrder.SLOT)
+    check_rows("dout", dout, routing, RowOrder.TOKEN)
+    check_same("dout", dout, "y", y)
+    if y.shape[1] != dout.shape[1]:
+        raise ValueError(f"y has width {y.shape[1]} but dout has {dout.shape[1]}")
+    grad = torch.empty((routing.tokens, routing.top_k), dtype=torch.float32, device=y.device)
+    if routing.rows:
+        combine_grad_kernel[(routing.rows,)](
+            matrix(y),
+            matrix(dout),
+            grad,
+            routing.top_k,
+            y.shape[1],
+            BLOCK_N=_columns(y.shape[1]),
+            num_warps=4,
+        )
+    return grad
+
+
+@triton.jit
+def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
+    """The gradient of one gate."""
+    slot = tl.program_id(0).to(tl.int64)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        value = tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, other=0.0)
+        out = tl.load(dout.ptr + slot // fan_out * dout.row + n * dout.col, mask=n < N, other=0.0)
+        acc += value.to(tl.float32) * out.to(tl.float32)
+    tl.store(grad + slot, tl.sum(acc))
+
+
+def _columns(width: int) -> int:
+    return min(max(triton.next_power_of_2(width), 64), 2048)

@@ -1,0 +1,109 @@
+"""Routed product: y[i] = g[i] (c x[i] W[e] + L[i] R[e] + b[e]), e the expert of row i.
+
+    x  [rows or tokens, K]   W [E, K, N]   b [E, N]   y [rows, N]
+    L  [rows, rank] in expert order and R [E, rank, N]: a low-rank term, one more reduction step
+    g  [rows] per slot, c a number
+
+The forward product, its low-rank shrink X A^T (N = rank) and both input gradients are this one kernel with
+other strides. Accumulation is fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from ._tile import DROPPED, UNUSED, locate, tile_rows
+
+
+@triton.jit(do_not_specialize=["scale"])
+def scatter2scatter_kernel(
+    x,
+    w,
+    bias,
+    left,
+    right,
+    row_scale,
+    y,
+    slots,
+    tiles,
+    fan_out,
+    K,
+    N,
+    R,
+    scale,
+    X_BY_EXPERT: tl.constexpr,
+    Y_BY_EXPERT: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
+    W_DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of y.
+
+    X_DESCRIPTOR: x is a tensor map [rows, K], in expert order; rows past the expert's end are its
+    neighbour's and are not stored. W_DESCRIPTOR: "" pointers, "kn" or "nk" a tensor map [E, ., .].
+    """
+    expert, row, end, column_block = locate(tiles, N, BLOCK_M, BLOCK_N)
+    if expert == UNUSED:
+        return
+    n_start = column_block * BLOCK_N
+    n = n_start + tl.arange(0, BLOCK_N)
+    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
+    stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
+    y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
+    if expert == DROPPED:
+        tl.store(y_ptrs, tl.zeros((BLOCK_M, BLOCK_N), y.ptr.dtype.element_ty), mask=stored)
+        return
+
+    k = tl.arange(0, BLOCK_K)
+    if not X_DESCRIPTOR:
+        x_rows = tile_rows(slots, row, end, fan_out, X_BY_EXPERT, BLOCK_M)
+        x_ptrs = x.ptr + x_rows[:, None] * x.row + k.to(tl.int64)[None, :] * x.col
+    if not W_DESCRIPTOR:
+        w_expert = w.ptr + expert.to(tl.int64) * w.expert
+        w_ptrs = w_expert + k.to(tl.int64)[:, None] * w.row + n.to(tl.int64)[None, :] * w.col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k_start in range(0, K, BLOCK_K):
+        if X_DESCRIPTOR:
+            x_tile = x.load([row, k_start])
+        elif EVEN_K:
+            x_tile = tl.load(x_ptrs)
+        else:
+            x_tile = tl.load(x_ptrs, mask=(k_start + k < K)[None, :], other=0.0)
+        if W_DESCRIPTOR == "nk":
+            w_tile = w.load([expert, n_start, k_start]).reshape(BLOCK_N, BLOCK_K).T
+        elif W_DESCRIPTOR == "kn":
+            w_tile = w.load([expert, k_start, n_start]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            inside = (n < N)[None, :]
+            if not EVEN_K:
+                inside = inside & (k_start + k < K)[:, None]
+            w_tile = tl.load(w_ptrs, mask=inside, other=0.0)
+            w_ptrs += BLOCK_K * w.row
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        if not X_DESCRIPTOR:
+            x_ptrs += BLOCK_K * x.col
+    acc *= scale
+
+    if left is not None:
+        left_rows = tile_rows(slots, row, end, 1, True, BLOCK_M)
+        for r_start in tl.range(0, R, BLOCK_R, num_stages=1):
+            r = r_start + tl.arange(0, BLOCK_R)
+            left_ptrs = left.ptr + left_rows[:, None] * left.row + r[None, :] * left.col
+            left_tile = tl.load(left_ptrs, mask=(r < R)[None, :], other=0.0)
+            right_expert = right.ptr + expert.to(tl.int64) * right.expert
+            right_ptrs = right_expert + r.to(tl.int64)[:, None] * right.row
+            right_ptrs += n.to(tl.int64)[None, :] * right.col
+            inside = (r < R)[:, None] & (n < N)[None, :]
+            right_tile = tl.load(right_ptrs, mask=inside, other=0.0)
+            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
+    if bias is not None:
+        bias_ptrs = bias.ptr + expert.to(tl.int64) * bias.row + n.to(tl.int64) * bias.col
+        acc += tl.load(bias_ptrs, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if row_scale is not None:
+        slot = tile_rows(slots, row, end, 1, False, BLOCK_M)
+        acc *= tl.load(row_scale + slot).to(tl.float32)[:, None]
+    tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)

@@ -1,0 +1,206 @@
+"""Weight gradients of routed products, one owner per output tile.
+
+    dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum of dY^T (s X A^T)
+    dW[e] = sum over rows of X^T dY            db[e] = sum of dY
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..plan import Device, Operation, Path, Plan, Problem, choose, current_precision
+from ..routing import Routing, RowOrder
+from ..weights import LoRAWeights
+from ._check import check_lora, check_row_scale, check_rows, check_same
+from ._tile import Matrix, matrix
+from .gram import empty_like_factor, launch_gram
+from .grouped_mm import by_expert, grouped_gram
+from .lora import as_operand
+from .recompute import launch_recompute
+
+
+def lora_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    xa: Tensor | None,
+    yb: Tensor | None,
+    lora: LoRAWeights,
+    routing: Routing,
+    *,
+    x_order: RowOrder,
+    dy_order: RowOrder,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the adapter: dA[e] = sum g yb^T x and dB[e] = sum g dy^T xa over the rows of expert e.
+
+    Args:
+        x: [row_count(x_order), K]; dy: [row_count(dy_order), N], dtype of x.
+        xa: s x A^T [rows, R] and yb: s dy B [rows, R], in expert order, as the products returned them;
+            both may be None on the recompute path, which does not read them.
+        row_scale: g, `rows` coefficients in slot order (the gates that scaled y).
+
+    Returns:
+        dA [experts, R, K] and dB [experts, N, R] in the dtype of the adapter; zero for experts without rows.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit, or the plan's path does not take it.
+    """
+    check_rows("x", x, routing, x_order)
+    check_rows("dy", dy, routing, dy_order)
+    check_same("dy", dy, "x", x)
+    check_lora(lora, routing, x.shape[1], dy.shape[1], x)
+    check_row_scale("row_scale", row_scale, routing)
+    if plan is None:
+        problem = weight_grad_problem(x, x.shape[1], dy.shape[1], routing, lora.rank)
+        plan = choose(problem, Device.of(x.device))
+    da, db = empty_like_factor(lora.a), empty_like_factor(lora.b)
+    if plan.path is Path.RECOMPUTE:
+        launch_recompute(
+            x, dy, as_operand(lora.b, x.dtype), da.mT, routing, plan,
+            scaling=lora.scaling, p_order=x_order, z_order=dy_order, row_scale=row_scale,
+        )
+        launch_recompute(
+            dy, x, as_operand(lora.a, x.dtype).mT, db, routing, plan,
+            scaling=lora.scaling, p_order=dy_order, z_order=x_order, row_scale=row_scale,
+        )
+        return da, db
+    for name, low in (("xa", xa), ("yb", yb)):
+        if low is None:
+            raise ValueError(f"{name} is needed on the {plan.path.value} path")
+        check_rows(name, low, routing, RowOrder.EXPERT)
+        check_same(name, low, "x", x)
+        if low.shape[1] != lora.rank:
+            raise ValueError(f"{name} has width {low.shape[1]} but the adapter has rank {lora.rank}")
+    if plan.path is Path.GRAM:
+        low_order = {"q_order": RowOrder.EXPERT, "row_scale": row_scale}
+        launch_gram(x, yb, da.mT, routing, plan, p_order=x_order, **low_order)
+        launch_gram(dy, xa, db, routing, plan, p_order=dy_order, **low_order)
+        return da, db
+    if plan.path is Path.GROUPED_MM:
+        if row_scale is not None:
+            g = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
+            xa, yb = (low.float() * g for low in (xa, yb))
+            xa, yb = xa.to(x.dtype), yb.to(x.dtype)
+        da.copy_(grouped_gram(yb, by_expert(x, routing, x_order), routing))
+        db.copy_(grouped_gram(by_expert(dy, routing, dy_order), xa, routing))
+        return da, db
+    raise ValueError(f"lora_weight_grad has no path {plan.path.value!r}")
+
+
+def expert_weight_grad(
+    x: Tensor,
+    dy: Tensor,
+    routing: Routing,
+    *,
+    x_order: RowOrder,
+    dy_order: RowOrder,
+    row_scale: Tensor | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """dW[e] = sum over the rows of e of x^T (g dy): [experts, K, N] in the dtype of x.
+
+    Args:
+        x: [row_count(x_order), K]; dy: [row_count(dy_order), N], dtype of x.
+        row_scale: g, `rows` coefficients in slot order.
+    """
+    check_rows("x", x, routing, x_order)
+    check_rows("dy", dy, routing, dy_order)
+    check_same("dy", dy, "x", x)
+    check_row_scale("row_scale", row_scale, routing)
+    if plan is None:
+        problem = weight_grad_problem(x, x.shape[1], dy.shape[1], routing, 0)
+        plan = choose(problem, Device.of(x.device))
+    if plan.path is Path.GROUPED_MM:
+        rows = by_expert(dy, routing, dy_order)
+        if row_scale is not None:
+            g = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
+            rows = (rows.float() * g).to(x.dtype)
+        return grouped_gram(by_expert(x, routing, x_order), rows, routing)
+    if plan.path is not Path.GRAM:
+        raise ValueError(f"expert_weight_grad has no path {plan.path.value!r}")
+    out = torch.empty(
+        (routing.experts, x.shape[1], dy.shape[1]), dtype=x.dtype, device=x.device
+    )
+    return launch_gram(
+        x, dy, out, routing, plan, p_order=x_order, q_order=dy_order, row_scale=row_scale
+    )
+
+
+def weight_grad_problem(x: Tensor, k: int, n: int, routing: Routing, rank: int) -> Problem:
+    """The facts about a weight gradient that its plan depends on; rank 0 is the full gradient dW."""
+    return Problem(
+        operation=Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD,
+        rows=routing.rows,
+        experts=routing.experts,
+        k=k,
+        n=n,
+        rank=rank,
+        dtype=x.dtype,
+        precision=current_precision(),
+        grouped_mm=x.dtype == torch.bfloat16 and x.device.type == "cuda",
+    )
+
+
+def expert_bias_grad(
+    dy: Tensor, routing: Routing, *, dy_order: RowOrder, row_scale: Tensor | None = None
+) -> Tensor:
+    """db[e] = sum over the rows of e of g dy: [experts, N] in fp32.
+
+    Args:
+        dy: [row_count(dy_order), N]. row_scale: g, `rows` coefficients in slot order.
+    """
+    check_rows("dy", dy, routing, dy_order)
+    check_row_scale("row_scale", row_scale, routing)
+    width = dy.shape[1]
+    out = torch.empty((routing.experts, width), dtype=torch.float32, device=dy.device)
+    block_n = 128
+    expert_bias_grad_kernel[(routing.experts, triton.cdiv(width, block_n))](
+        matrix(dy),
+        None if row_scale is None else row_scale.reshape(-1),
+        matrix(out),
+        routing.slots,
+        routing.offsets,
+        routing.fan_out(dy_order),
+        width,
+        BY_EXPERT=dy_order is RowOrder.EXPERT,
+        BLOCK_M=32,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def expert_bias_grad_kernel(
+    dy: Matrix,
+    row_scale,
+    out: Matrix,
+    slots,
+    offsets,
+    fan_out,
+    N,
+    BY_EXPERT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_N columns of db[e]."""
+    expert = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    begin = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for row in range(begin, end, BLOCK_M):
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = rows < end
+        slot = tl.load(slots + rows, mask=inside, other=0)
+        dy_rows = slot // fan_out
+        if BY_EXPERT:
+            dy_rows = rows
+        ptrs = dy.ptr + dy_rows[:, None] * dy.row + n[None, :] * dy.col
+        tile = tl.load(ptrs, mask=inside[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        if row_scale is not None:
+            tile *= tl.load(row_scale + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+        acc += tl.sum(tile, axis=0)
+    tl.store(out.ptr + expert * out.row + n * out.col, acc, mask=n < N)

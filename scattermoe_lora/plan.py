@@ -1,0 +1,327 @@
+"""How a routed operation is launched: one frozen plan, chosen by a pure function of problem and device.
+
+Choice: the plan that the caller passes > the table shipped for this GPU > the heuristic below.
+"""
+
+import enum
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+
+from ._row_tiles import ROW_TILES
+
+
+class Path(enum.StrEnum):
+    """The algorithm that computes an operation."""
+
+    TILES = "tiles"
+    """One product over per-expert row tiles."""
+    FUSED = "fused"
+    """X A^T accumulated beside X W in one loop over K, B in the epilogue."""
+    SPLIT = "split"
+    """Base, shrink and expand as separate products, then an add."""
+    EPILOGUE = "epilogue"
+    """X A^T once, then one more reduction step of width R inside the base product."""
+    GROUPED_MM = "grouped_mm"
+    """torch._grouped_mm over gathered rows; native for bf16 on CUDA only."""
+    GRAM = "gram"
+    """Per-expert products of saved [rows, R] and [rows, K] operands."""
+    RECOMPUTE = "recompute"
+    """The same, with the [rows, R] operand recomputed in every output block."""
+
+
+class Operation(enum.StrEnum):
+    """What a plan is for."""
+
+    SCATTER2SCATTER = "scatter2scatter"
+    SHRINK = "shrink"
+    LORA_FORWARD = "lora_forward"
+    LORA_INPUT_GRAD = "lora_input_grad"
+    LORA_WEIGHT_GRAD = "lora_weight_grad"
+    EXPERT_WEIGHT_GRAD = "expert_weight_grad"
+
+
+PATHS: dict[Operation, tuple[Path, ...]] = {
+    Operation.SCATTER2SCATTER: (Path.TILES, Path.GROUPED_MM),
+    Operation.SHRINK: (Path.TILES,),
+    Operation.LORA_FORWARD: (Path.EPILOGUE, Path.FUSED, Path.SPLIT, Path.GROUPED_MM),
+    Operation.LORA_INPUT_GRAD: (Path.EPILOGUE, Path.FUSED, Path.SPLIT, Path.GROUPED_MM),
+    Operation.LORA_WEIGHT_GRAD: (Path.GRAM, Path.RECOMPUTE, Path.GROUPED_MM),
+    Operation.EXPERT_WEIGHT_GRAD: (Path.GRAM, Path.GROUPED_MM),
+}
+
+
+class Precision(enum.StrEnum):
+    """How fp32 operands are multiplied; 16-bit operands are exact in either."""
+
+    IEEE = "ieee"
+    TF32 = "tf32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Launch knobs of one kernel.
+
+    block_m: rows (or, in weight gradients, the rows reduced per step). block_n: output columns.
+    block_k: reduction step (in weight gradients, output rows). descriptor: W through a tensor map.
+    x_descriptor: X through a tensor map too, where its rows are in expert order and can be addressed.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    descriptor: bool = False
+    x_descriptor: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if min(self.block_m, self.block_n, self.block_k) < 16:
+            raise ValueError(f"tile dimensions must be at least 16, got {self}")
+        if self.stages < 1:
+            raise ValueError(f"stages must be at least 1, got {self.stages}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that an operation needs to be told besides its operands.
+
+    tile: the main kernel. shrink: the kernel of X A^T, where the path has one of its own.
+    """
+
+    path: Path
+    tile: Tile
+    shrink: Tile | None = None
+    precision: Precision = Precision.IEEE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The facts about a device that a plan may depend on.
+
+    capability: (major, minor), (0, 0) for Triton's interpreter. shared_memory: bytes per block.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels run in Triton's interpreter."""
+        return self.capability == (0, 0)
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tensor maps can be loaded."""
+        return self.interpreted or self.capability >= (9, 0)
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Device":
+        """Facts about a torch device; read once per device."""
+        if device.type != "cuda":
+            return INTERPRETER
+        return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
+
+
+INTERPRETER = Device(
+    name="triton interpreter", capability=(0, 0), multiprocessors=1, shared_memory=2**31
+)
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
+        shared_memory=properties.shared_memory_per_block_optin,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """The facts about operands that a plan may depend on.
+
+    rows: routed rows. k: reduction width. n: output width. rank: 0 without LoRA. w_map: the layout of W that
+    a tensor map can address, "nk", "kn", or "" for none. grouped_mm: the operands fit torch._grouped_mm.
+    """
+
+    operation: Operation
+    rows: int
+    experts: int
+    k: int
+    n: int
+    rank: int
+    dtype: torch.dtype
+    precision: Precision
+    w_map: str = ""
+    grouped_mm: bool = False
+
+
+def current_precision() -> Precision:
+    """torch's own setting for fp32 products, read now."""
+    allowed = torch.get_float32_matmul_precision() != "highest"
+    return Precision.TF32 if allowed else Precision.IEEE
+
+
+def power_of_two(value: int, *, low: int, high: int) -> int:
+    """The smallest power of two that is at least `value`, within [low, high]."""
+    return min(max(triton.next_power_of_2(value), low), high)
+
+
+def choose(problem: Problem, device: Device) -> Plan:
+    """The plan for a problem on a device, by heuristic."""
+    return _choose(_bucket(problem), device)
+
+
+def _bucket(problem: Problem) -> Problem:
+    return replace(problem, rows=problem.experts * _rows_per_expert(problem))
+
+
+def _rows_per_expert(problem: Problem) -> int:
+    return triton.next_power_of_2(max(1, problem.rows // problem.experts))
+
+
+@cache
+def _choose(problem: Problem, device: Device) -> Plan:
+    operation = problem.operation
+    if operation is Operation.SHRINK:
+        return Plan(
+            path=Path.TILES, tile=shrink_tile(problem, device), precision=problem.precision
+        )
+    if operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD):
+        return Plan(path=Path.GRAM, tile=gram_tile(problem, device), precision=problem.precision)
+    path = Path.TILES if operation is Operation.SCATTER2SCATTER else Path.EPILOGUE
+    shrink = shrink_tile(problem, device) if path is Path.EPILOGUE else None
+    return Plan(
+        path=path,
+        tile=product_tile(problem, device),
+        shrink=shrink,
+        precision=problem.precision,
+    )
+
+
+def product_tile(problem: Problem, device: Device) -> Tile:
+    """Tile of a routed product with a wide output."""
+    rows = _rows_per_expert(problem)
+    block_n_limit = power_of_two(problem.n, low=16, high=256)
+    if device.interpreted:
+        return Tile(
+            block_m=power_of_two(rows, low=16, high=128),
+            block_n=min(block_n_limit, 128),
+            block_k=power_of_two(problem.k, low=16, high=128),
+            descriptor=bool(problem.w_map),
+        )
+    wide = problem.dtype.itemsize == 4
+    descriptor = bool(problem.w_map) and device.has_descriptors
+    if wide:
+        return Tile(
+            block_m=power_of_two(rows, low=16, high=64),
+            block_n=min(block_n_limit, 64),
+            block_k=32,
+            warps=4,
+            stages=3,
+        )
+    if rows > 64:
+        tile = Tile(
+            block_m=128, block_n=block_n_limit, block_k=64, warps=8, stages=4, descriptor=descriptor
+        )
+    else:
+        tile = Tile(
+            block_m=power_of_two(rows, low=16, high=64),
+            block_n=block_n_limit,
+            block_k=64,
+            warps=4,
+            stages=4,
+            descriptor=descriptor,
+        )
+    return fit(tile, problem, device)
+
+
+def shrink_tile(problem: Problem, device: Device) -> Tile:
+    """Tile of X A^T: the output is as narrow as the rank."""
+    rows = _rows_per_expert(problem)
+    block_n = power_of_two(problem.rank, low=16, high=64)
+    if device.interpreted:
+        return Tile(
+            block_m=power_of_two(rows, low=16, high=128),
+            block_n=block_n,
+            block_k=power_of_two(problem.k, low=16, high=256),
+        )
+    block_k = 128 if problem.dtype.itemsize == 2 else 64
+    tile = Tile(
+        block_m=power_of_two(rows, low=16, high=64), block_n=block_n, block_k=block_k, stages=4
+    )
+    return fit(tile, problem, device)
+
+
+def gram_tile(problem: Problem, device: Device) -> Tile:
+    """Tile of a weight gradient [k, n] reduced over an expert's rows; block_k output rows, block_n columns."""
+    narrow = problem.operation is Operation.LORA_WEIGHT_GRAD
+    columns = problem.rank if narrow else problem.n
+    if device.interpreted:
+        return Tile(
+            block_m=power_of_two(_rows_per_expert(problem), low=16, high=128),
+            block_n=power_of_two(columns, low=16, high=128),
+            block_k=power_of_two(problem.k, low=16, high=128),
+        )
+    high = 128 if problem.dtype.itemsize == 2 else 64
+    tile = Tile(
+        block_m=64 if problem.dtype.itemsize == 2 else 32,
+        block_n=power_of_two(columns, low=16, high=high),
+        block_k=power_of_two(problem.k, low=16, high=high),
+        warps=4,
+        stages=3,
+    )
+    return fit(tile, problem, device)
+
+
+def stage_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    """Shared memory that one pipeline stage of a tile holds, in bytes."""
+    return (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+
+
+def fit(tile: Tile, problem: Problem, device: Device) -> Tile:
+    """The tile with as many stages, then as large blocks, as the shared memory of the device holds."""
+    reserve = 8 * 1024
+    while stage_bytes(tile, problem.dtype) * tile.stages + reserve > device.shared_memory:
+        if tile.stages > 2:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.block_n > 32:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.block_k > 16:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        else:
+            return tile
+    return tile
+
+
+def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
+    """Every plan worth trying for a problem, the heuristic's choice first; never empty."""
+    base = choose(problem, device)
+    plans = [base]
+    for path in PATHS[problem.operation]:
+        if path is Path.GROUPED_MM and not problem.grouped_mm:
+            continue
+        plans.append(with_path(base, path, problem, device))
+    for block_m in ROW_TILES:
+        if block_m <= 2 * _rows_per_expert(problem):
+            plans.append(replace(base, tile=fit(replace(base.tile, block_m=block_m), problem, device)))
+    return tuple(dict.fromkeys(plans))
+
+
+def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:
+    """The same plan on another path, with the tiles that the path needs."""
+    shrink = plan.shrink
+    if path in (Path.EPILOGUE, Path.SPLIT) and shrink is None:
+        shrink = shrink_tile(problem, device)
+    return replace(plan, path=path, shrink=shrink)

@@ -1,0 +1,181 @@
+"""Which row of a routed product belongs to which expert.
+
+A layer call routes `tokens` tokens to `top_k` experts each. Slot `s = t * top_k + j` is the j-th choice of
+token t. Sorting the slots by expert gives the rows of the routed products:
+
+    top_k_index = [[1, 0], [1, 2]], 3 experts
+    slots         = [1, 0, 2, 3]          row -> slot, experts ascending, ties in slot order
+    expert_of_row = [0, 1, 1, 2]
+    offsets       = [0, 1, 3, 4]          rows offsets[e] .. offsets[e + 1] belong to expert e
+
+Slots whose expert is outside [0, experts) come last (expert_of_row = experts) and belong to nobody: rows
+offsets[experts] .. rows are dropped.
+"""
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._row_tiles import row_tile_count, row_tile_start, row_tiles
+
+
+class RowOrder(enum.Enum):
+    """How the rows of an operand are laid out."""
+
+    TOKEN = "token"
+    """[tokens, ...]: row t is token t; each row is used by `top_k` slots."""
+    SLOT = "slot"
+    """[tokens * top_k, ...]: row s is slot s."""
+    EXPERT = "expert"
+    """[tokens * top_k, ...]: row i is slot `slots[i]`; the rows of an expert are contiguous."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """The rows of one layer call, sorted by expert; lives on the device and is built without a host sync.
+
+    slots: int64 [rows], row -> slot. expert_of_row: int32 [rows], ascending, `experts` for dropped rows.
+    offsets: int32 [experts + 1]. tiles: int32 [entries, 4], see `_row_tiles`.
+    """
+
+    slots: Tensor
+    expert_of_row: Tensor
+    offsets: Tensor
+    tiles: Tensor
+    tokens: int
+    top_k: int
+    experts: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, tokens * top_k, dropped ones included."""
+        return self.tokens * self.top_k
+
+    @property
+    def device(self) -> torch.device:
+        """The device that every tensor of this routing is on."""
+        return self.slots.device
+
+    def row_count(self, order: RowOrder) -> int:
+        """Rows of an operand laid out in `order`."""
+        return self.tokens if order is RowOrder.TOKEN else self.rows
+
+    def fan_out(self, order: RowOrder) -> int:
+        """Slots per operand row: slot s reads row s // fan_out (TOKEN and SLOT orders)."""
+        return self.top_k if order is RowOrder.TOKEN else 1
+
+    def tile_table(self, block_m: int) -> tuple[Tensor, int]:
+        """The row-tile table for tiles of `block_m` rows, int32 [entries, 4], and its length."""
+        start = row_tile_start(self.rows, self.experts, block_m)
+        count = row_tile_count(self.rows, self.experts, block_m)
+        return self.tiles[start:], count
+
+    @classmethod
+    def from_top_k(
+        cls,
+        top_k_index: Tensor,
+        experts: int,
+        *,
+        sentinels: bool = False,
+        validate: bool = False,
+    ) -> "Routing":
+        """Sort the choices `top_k_index` (integer [tokens, top_k]) by expert.
+
+        Args:
+            sentinels: ids outside [0, experts) are meant: their slots are dropped (expert parallelism).
+            validate: check the values on a GPU as well, which synchronises with the host. Values on a CPU
+                are always checked. Unchecked ids outside [0, experts) are dropped.
+
+        Raises:
+            TypeError: `top_k_index` is not an integer tensor.
+            ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside [0, experts)
+                while `sentinels` is false.
+        """
+        _check_top_k(top_k_index, experts)
+        tokens, top_k = top_k_index.shape
+        compiling = torch.compiler.is_compiling()
+        if not sentinels and not compiling and (validate or top_k_index.device.type == "cpu"):
+            _check_values(top_k_index, experts)
+        keys = top_k_index.reshape(-1).clamp(-1, experts).to(torch.int32)
+        keys = keys.masked_fill(keys < 0, experts)
+        expert_of_row, slots = torch.sort(keys, stable=True)
+        return cls._from_sorted(expert_of_row, slots, tokens=tokens, top_k=top_k, experts=experts)
+
+    @classmethod
+    def from_sorted(
+        cls, expert_of_row: Tensor, slots: Tensor, *, top_k: int, experts: int
+    ) -> "Routing":
+        """A routing from rows that are sorted already: ids ascending, and the slot of each row.
+
+        Raises:
+            TypeError: an argument is not an integer tensor.
+            ValueError: shapes differ, or the number of rows is not a multiple of `top_k`.
+        """
+        _check_sorted(expert_of_row, slots, top_k, experts)
+        tokens = slots.numel() // top_k
+        keys = expert_of_row.clamp(max=experts).to(torch.int32)
+        return cls._from_sorted(
+            keys, slots.to(torch.int64), tokens=tokens, top_k=top_k, experts=experts
+        )
+
+    @classmethod
+    def _from_sorted(
+        cls, expert_of_row: Tensor, slots: Tensor, *, tokens: int, top_k: int, experts: int
+    ) -> "Routing":
+        bounds = torch.arange(experts + 1, dtype=torch.int32, device=slots.device)
+        offsets = torch.searchsorted(expert_of_row, bounds, out_int32=True)
+        return cls(
+            slots=slots,
+            expert_of_row=expert_of_row,
+            offsets=offsets,
+            tiles=row_tiles(offsets, rows=tokens * top_k, experts=experts),
+            tokens=tokens,
+            top_k=top_k,
+            experts=experts,
+        )
+
+
+def _check_top_k(top_k_index: Tensor, experts: int) -> None:
+    if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"top_k_index must hold integers, got {top_k_index.dtype}")
+    if top_k_index.ndim != 2:
+        raise ValueError(f"top_k_index must be [tokens, top_k], got shape {list(top_k_index.shape)}")
+    if experts < 1:
+        raise ValueError(f"experts must be at least 1, got {experts}")
+    tokens, top_k = top_k_index.shape
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got top_k_index of shape {[tokens, top_k]}")
+    if top_k > experts:
+        raise ValueError(f"top_k_index chooses {top_k} experts per token, but there are {experts}")
+    if tokens * top_k >= 2**31:
+        raise ValueError(f"{tokens} tokens x {top_k} choices exceed 2^31 - 1 rows")
+
+
+def _check_values(top_k_index: Tensor, experts: int) -> None:
+    if top_k_index.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(top_k_index))
+    if low < 0 or high >= experts:
+        worst = low if low < 0 else high
+        raise ValueError(
+            f"top_k_index holds expert {worst}, but experts are 0 to {experts - 1}; "
+            "pass sentinels=True if such slots are to be dropped"
+        )
+
+
+def _check_sorted(expert_of_row: Tensor, slots: Tensor, top_k: int, experts: int) -> None:
+    for name, value in (("expert_of_row", expert_of_row), ("slots", slots)):
+        if value.dtype.is_floating_point or value.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        if value.ndim != 1:
+            raise ValueError(f"{name} must be [rows], got shape {list(value.shape)}")
+    if expert_of_row.numel() != slots.numel():
+        raise ValueError(
+            f"expert_of_row has {expert_of_row.numel()} rows but slots has {slots.numel()}"
+        )
+    if top_k < 1 or experts < 1:
+        raise ValueError(f"top_k and experts must be at least 1, got {top_k} and {experts}")
+    if slots.numel() % top_k:
+        raise ValueError(f"{slots.numel()} rows are not a multiple of top_k = {top_k}")
