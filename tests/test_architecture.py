@@ -259,8 +259,10 @@ def without_spec(public: list[str], launched: list[str]) -> list[str]:
 def test_every_public_operation_has_a_spec():
     ops = importlib.import_module(f"{PACKAGE}.ops")
     specs = importlib.import_module(f"{JUDGE}.specs")
-    assert ops.__all__
-    assert without_spec(ops.__all__, [spec.name for spec in specs.KERNELS]) == []
+    public = [name for name in ops.__all__ if not isinstance(getattr(ops, name), type)]
+    covered = [name for spec in specs.KERNELS for name in spec.ops]
+    assert public
+    assert without_spec(public, covered) == []
 
 
 def test_an_operation_without_a_spec_is_seen():
