@@ -1,0 +1,269 @@
+"""The judge: one output against what it should be.
+
+Every error is divided by the limit that the arithmetic of a correct kernel implies, so that one number serves
+every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance, `Expected.model`):
+
+    whole, expert, row   ||error|| / sqrt(sum of variances) <= 1.25 + 8 / sqrt(n) over n elements, where shared
+                         errors from fewer than FEW_SOURCES roundings count with the worst case, 3
+    element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
+    slope                the factor fitted to each term is 1 within 6 of its standard deviations
+    exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0, exact mode
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .expected import Expected
+from .numerics import FEW_SOURCES
+
+WORST = 1e9
+"""The ratio of an error that no limit allows."""
+
+_WHOLE = 1.5
+_GROUP, _GROUP_SPREAD = 1.25, 8.0
+_FEW = 3.0
+_LEAST_ELEMENTS = 32
+_ELEMENT = 16.0
+_SLOPE = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The worst error of one output over its limit, what it was measured on, and where it is."""
+
+    output: str
+    ratio: float
+    measure: str
+    where: Mapping[str, object] = field(default_factory=dict)
+    note: str = ""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the output is within every limit."""
+        return self.ratio <= 1.0
+
+    def __str__(self) -> str:
+        places = ", ".join(f"{key} {value}" for key, value in self.where.items())
+        text = f"{self.output}: {self.measure} error {self.ratio:.3g} x its limit"
+        return text + (f" ({self.note})" if self.note else "") + (f" at {places}" if places else "")
+
+
+def compare(output: str, got: Tensor, expected: Expected, *, exact: bool = False) -> Comparison:
+    """Judge one output; `exact` demands equality to the bit with the truth rounded to the output's type."""
+    if not isinstance(got, Tensor):
+        return _wrong(output, f"is a {type(got).__name__}, not a tensor")
+    if got.dtype != expected.dtype:
+        return _wrong(output, f"dtype is {got.dtype}, should be {expected.dtype}")
+    if got.shape != expected.value.shape:
+        return _wrong(
+            output, f"shape is {list(got.shape)}, should be {list(expected.value.shape)}"
+        )
+    if got.numel() == 0:
+        return Comparison(output=output, ratio=0.0, measure="exact")
+    for check in (_zeros, _non_finite):
+        found = check(output, got, expected)
+        if found is not None:
+            return found
+    return _equal(output, got, expected) if exact else _Errors.of(output, got, expected).judged()
+
+
+def _wrong(output: str, note: str, where: Mapping[str, object] | None = None) -> Comparison:
+    return Comparison(output=output, ratio=WORST, measure="exact", note=note, where=where or {})
+
+
+def _place(got: Tensor, expected: Expected, vector: int, column: int) -> dict[str, object]:
+    value = expected.vectors(expected.value)[vector, column]
+    return {
+        "expert": int(expected.expert.reshape(-1)[vector]),
+        "row": vector,
+        "column": column,
+        "got": float(expected.vectors(got)[vector, column]),
+        "want": float(value),
+    }
+
+
+def _first(mask: Tensor) -> tuple[int, int]:
+    vector, column = torch.nonzero(mask)[0].tolist()
+    return vector, column
+
+
+def _zeros(output: str, got: Tensor, expected: Expected) -> Comparison | None:
+    vectors = expected.vectors(got)
+    wrong = (vectors != 0) | vectors.signbit()
+    wrong &= expected.zero.reshape(-1, 1)
+    if not wrong.any():
+        return None
+    return _wrong(output, "must be exactly +0.0", _place(got, expected, *_first(wrong)))
+
+
+def _non_finite(output: str, got: Tensor, expected: Expected) -> Comparison | None:
+    want = expected.vectors(expected.value).to(expected.dtype).isfinite()
+    have = expected.vectors(got).isfinite()
+    wrong = want != have
+    if not wrong.any():
+        return None
+    vector, column = _first(wrong)
+    note = "is not finite" if want[vector, column] else "is finite, the truth is not"
+    count = int(wrong.sum())
+    return _wrong(output, f"{note} ({count} elements)", _place(got, expected, vector, column))
+
+
+def _equal(output: str, got: Tensor, expected: Expected) -> Comparison:
+    wrong = expected.vectors(got) != expected.vectors(expected.value).to(expected.dtype)
+    wrong &= ~expected.vectors(expected.value).isnan()
+    if not wrong.any():
+        return Comparison(output=output, ratio=0.0, measure="exact", ratios={"exact": 0.0})
+    note = f"{int(wrong.sum())} of {wrong.numel()} elements differ in exact arithmetic"
+    return _wrong(output, note, _place(got, expected, *_first(wrong)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Errors:
+    """Errors and variances as [vectors, length], non-finite elements taken out."""
+
+    output: str
+    got: Tensor
+    expected: Expected
+    error: Tensor
+    independent: Tensor
+    shared: Tensor
+    drift: Tensor
+
+    @classmethod
+    def of(cls, output: str, got: Tensor, expected: Expected) -> "_Errors":
+        value = expected.vectors(expected.value)
+        finite = value.to(expected.dtype).isfinite()
+
+        def part(tensor: Tensor) -> Tensor:
+            full = expected.vectors(tensor).expand_as(value)
+            return torch.where(finite, full, torch.zeros_like(full))
+
+        model = expected.model
+        error = part(expected.vectors(got).double() - value)
+        drift = part(model.drift)
+        return cls(
+            output=output,
+            got=got,
+            expected=expected,
+            error=error,
+            independent=part(model.local) + drift,
+            shared=part(model.shared),
+            drift=drift,
+        )
+
+    @property
+    def labels(self) -> Tensor:
+        return self.expected.expert.reshape(-1)
+
+    def judged(self) -> Comparison:
+        found = [self._rows(), self._experts(), self._whole(), self._elements(), self._slopes()]
+        worst = max(found, key=lambda item: item.ratio)
+        ratios: dict[str, float] = {}
+        for item in found:
+            ratios[item.measure] = max(ratios.get(item.measure, 0.0), item.ratio)
+        return Comparison(
+            output=self.output,
+            ratio=worst.ratio,
+            measure=worst.measure,
+            where=worst.where,
+            note=worst.note,
+            ratios=ratios,
+        )
+
+    def _limits(self, count: Tensor, independent: Tensor, shared: Tensor, sources: Tensor) -> Tensor:
+        """Largest allowed sum of squared errors of groups of `count` elements."""
+        limit = (_GROUP + _GROUP_SPREAD / count.double().sqrt()).square()
+        few = torch.where(sources < FEW_SOURCES, limit.clamp_min(_FEW**2), limit)
+        return independent * limit + shared * few
+
+    def _group(self, measure: str, owner: Tensor, groups: int, *, floor: float = 0.0) -> Comparison:
+        """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
+        length = self.error.shape[1]
+
+        def total(per_vector: Tensor) -> Tensor:
+            sums = torch.zeros(groups, dtype=torch.float64, device=owner.device)
+            return sums.index_add_(0, owner, per_vector.double())
+
+        count = total(torch.full(owner.shape, length, device=owner.device))
+        squares = total(self.error.square().sum(1))
+        independent, shared = total(self.independent.sum(1)), total(self.shared.sum(1))
+        sources = total(self.expected.sources.reshape(-1))
+        limit = self._limits(count.clamp_min(1), independent, shared, sources)
+        limit = torch.maximum(limit, floor**2 * (independent + shared))
+        ratios = _over(squares, limit)
+        ratios = torch.where(count >= _LEAST_ELEMENTS, ratios, torch.zeros_like(ratios))
+        worst = int(ratios.argmax())
+        return self._found(measure, float(ratios[worst]), owner == worst)
+
+    def _whole(self) -> Comparison:
+        return self._group("whole", torch.zeros_like(self.labels), 1, floor=_WHOLE)
+
+    def _experts(self) -> Comparison:
+        return self._group("expert", self.labels, int(self.labels.max()) + 1)
+
+    def _rows(self) -> Comparison:
+        vectors = self.error.shape[0]
+        return self._group("row", torch.arange(vectors, device=self.labels.device), vectors)
+
+    def _elements(self) -> Comparison:
+        ratios = _over(self.error.square(), (self.independent + self.shared) * _ELEMENT**2)
+        return self._found("row", float(ratios.max()), None)
+
+    def _slopes(self) -> Comparison:
+        """Least squares of the error on the terms: the excess of each term's factor over 1."""
+        terms = {
+            name: self.expected.vectors(term)
+            for name, term in self.expected.terms.items()
+            if bool(term.any())
+        }
+        nothing = Comparison(output=self.output, ratio=0.0, measure="slope")
+        if not terms or self.error.numel() < _LEAST_ELEMENTS:
+            return nothing
+        names = list(terms)
+        gram = torch.stack(
+            [torch.stack([(terms[a] * terms[b]).sum() for b in names]) for a in names]
+        )
+        if not bool(torch.linalg.cond(gram) < 1e6):
+            return nothing
+        inverse = torch.linalg.inv(gram)
+        worst, label, excess = 0.0, "", 0.0
+        for index, name in enumerate(names):
+            influence = sum(inverse[index, j] * terms[other] for j, other in enumerate(names))
+            slope = float((influence * self.error).sum())
+            ratio = abs(slope) / self._slope_limit(influence)
+            if ratio > worst:
+                worst, label, excess = ratio, name, slope
+        note = f"fitted factor of the {label} term is {1 + excess:.6f}" if label else ""
+        return Comparison(output=self.output, ratio=min(worst, WORST), measure="slope", note=note)
+
+    def _slope_limit(self, influence: Tensor) -> float:
+        size = influence.abs()
+        alone = float((influence.square() * (self.independent - self.drift)).sum())
+        pull = (size * self.shared.sqrt()).sum(1)
+        if self.expected.coupled == "expert":
+            groups = int(self.labels.max()) + 1
+            pull = torch.zeros(groups, dtype=pull.dtype, device=pull.device).index_add_(
+                0, self.labels, pull
+            )
+        together = float(pull.square().sum())
+        drift = float((size * self.drift.sqrt()).sum())
+        return _SLOPE * (alone + together) ** 0.5 + drift + 1e-300
+
+    def _found(self, measure: str, ratio: float, mask: Tensor | None) -> Comparison:
+        scores = _over(self.error.square(), self.independent + self.shared)
+        if mask is not None:
+            scores = scores * mask[:, None]
+        place = int(scores.argmax())
+        vector, column = divmod(place, self.error.shape[1])
+        where = _place(self.got, self.expected, vector, column)
+        return Comparison(output=self.output, ratio=ratio, measure=measure, where=where)
+
+
+def _over(squares: Tensor, limits: Tensor) -> Tensor:
+    """sqrt(squares / limits); an error where none is allowed counts as WORST."""
+    ratios = (squares / limits.clamp_min(1e-300)).sqrt()
+    return torch.where(squares == 0, torch.zeros_like(ratios), ratios).clamp_max(WORST)

@@ -1,0 +1,201 @@
+"""The error a correct kernel may make: each pipeline as a straight line of `Uncertain` arithmetic.
+
+A model says where a pipeline rounds, and nothing else; its value must equal the truth of `references`.
+Rows are the kept rows in expert order; `Groups` places them.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .numerics import Uncertain, column_sums, gram, routed_product
+from .references import Groups
+
+
+class Rounds(Enum):
+    """Where a LoRA product rounds to the type of its output."""
+
+    ONCE = "once"
+    """One sum in fp32, rounded at the end."""
+    PER_TERM = "per term"
+    """Base (with bias) and LoRA terms are stored apart, then added."""
+    PER_STEP = "per step"
+    """After every operation: product, bias, gate, scaling, add."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How a plan computes. tf32: fp32 operands of products are cut to tf32."""
+
+    rounds: Rounds = Rounds.ONCE
+    tf32: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One routed LoRA product: x [kept, K], weight [E, K, N], down [E, K, R], up [E, R, N], bias [E, N].
+
+    gates: [kept]. The input gradient is the same product of dy, the transposed weight and factors.
+    """
+
+    groups: Groups
+    x: Uncertain
+    weight: Uncertain | None
+    down: Uncertain | None
+    up: Uncertain | None
+    bias: Tensor | None
+    gates: Tensor | None
+    scaling: float
+    dtype: torch.dtype
+    arithmetic: Arithmetic
+
+    @classmethod
+    def forward(cls, inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> "Linear":
+        """The forward product of a case, with all the terms that its inputs have."""
+        rows = groups.places(inputs.case.source)
+        gates = inputs.get("gates")
+        down, up = _factors(inputs)
+        return cls(
+            groups=groups,
+            x=Uncertain.exact(inputs["x"][rows]),
+            weight=Uncertain.exact(inputs["weight"]),
+            down=down.mT,
+            up=up.mT,
+            bias=inputs.get("bias"),
+            gates=None if gates is None else gates.reshape(-1)[groups.slots].double(),
+            scaling=inputs.scaling,
+            dtype=inputs.dtype,
+            arithmetic=arithmetic,
+        )
+
+    @classmethod
+    def input_grad(cls, inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> "Linear":
+        """dx per routed row, from dy in the order of the case's target."""
+        forward = cls.forward(inputs, groups, arithmetic)
+        down, up = _factors(inputs)
+        return replace(
+            forward,
+            x=Uncertain.exact(inputs["dy"][groups.places(inputs.case.dy_order)]),
+            weight=Uncertain.exact(inputs["weight"].mT),
+            down=up,
+            up=down,
+            bias=None,
+        )
+
+    def without_adapter(self) -> "Linear":
+        """The base product alone."""
+        return replace(self, down=None, up=None)
+
+    def product(self, x: Uncertain, weight: Uncertain) -> Uncertain:
+        """A routed product as the tensor cores do it."""
+        if self.arithmetic.tf32:
+            x, weight = x.truncated(), weight.truncated()
+        return routed_product(x, weight, self.groups.slices)
+
+    def low_rank(self) -> Uncertain:
+        """t = s x D, stored in the activations' type: [kept, R]."""
+        if self.down is None:
+            raise ValueError("this product has no adapter")
+        low = self.product(self.x, self.down)
+        if self.arithmetic.rounds is Rounds.PER_STEP:
+            low = low.rounded(self.dtype)
+        return low.scaled(self.scaling).rounded(self.dtype)
+
+    def output(self) -> Uncertain:
+        """y (or dx): [kept, N]."""
+        step = self.dtype if self.arithmetic.rounds is Rounds.PER_STEP else None
+        term = self.dtype if self.arithmetic.rounds is not Rounds.ONCE else None
+        result: Uncertain | None = None
+        if self.weight is not None:
+            result = self.product(self.x, self.weight).rounded(step)
+        if self.bias is not None and result is not None:
+            labels = torch.repeat_interleave(self.groups.counts)
+            result = (result + Uncertain.exact(self.bias[labels])).rounded(step)
+        if result is not None:
+            result = self._gated(result).rounded(term)
+        if self.up is not None:
+            lora = self.product(self.low_rank(), self.up).rounded(step)
+            lora = self._gated(lora).rounded(term)
+            result = lora if result is None else result + lora
+        if result is None:
+            raise ValueError("this product has no terms")
+        return result.rounded(self.dtype)
+
+    def _gated(self, y: Uncertain) -> Uncertain:
+        if self.gates is None:
+            return y
+        gates = self.gates[:, None]
+        if self.arithmetic.rounds is not Rounds.PER_STEP:
+            return y.scaled(gates)
+        exact = Uncertain.exact(gates)
+        rounding = exact.rounded(self.dtype).local
+        return y.times(Uncertain(gates, exact.local, rounding, exact.drift))
+
+
+def weight_gradients(
+    inputs: Inputs, groups: Groups, arithmetic: Arithmetic
+) -> tuple[Uncertain, Uncertain]:
+    """dA [E, R, K] = (g yb)^T x and dB [E, N, R] = dy^T (g t) over the rows of each expert.
+
+    t and yb are rounded to the activations' type, as operands or in memory; with gates once more, after g.
+    """
+    forward = Linear.forward(inputs, groups, replace(arithmetic, rounds=Rounds.ONCE))
+    backward = Linear.input_grad(inputs, groups, replace(arithmetic, rounds=Rounds.ONCE))
+
+    def product(left: Uncertain, right: Uncertain) -> Uncertain:
+        return _gram(left, right, groups, tf32=arithmetic.tf32)
+
+    da = product(_gated_rows(inputs, groups, backward.low_rank()), forward.x)
+    db = product(backward.x, _gated_rows(inputs, groups, forward.low_rank()))
+    if arithmetic.rounds is Rounds.PER_STEP:
+        da, db = da.rounded(inputs.dtype), db.rounded(inputs.dtype)
+    return da.rounded(inputs.lora_dtype), db.rounded(inputs.lora_dtype)
+
+
+def expert_weight_gradient(inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> Uncertain:
+    """dW [E, K, N] = x^T (g dy) over the rows of each expert."""
+    x = Uncertain.exact(inputs["x"][groups.places(inputs.case.source)])
+    dy = Uncertain.exact(inputs["dy"][groups.places(inputs.case.dy_order)])
+    dy = _gated_rows(inputs, groups, dy)
+    return _gram(x, dy, groups, tf32=arithmetic.tf32).rounded(inputs.dtype)
+
+
+def expert_bias_gradient(inputs: Inputs, groups: Groups) -> Uncertain:
+    """db [E, N] = sum of g dy over the rows of each expert, stored in fp32."""
+    dy = Uncertain.exact(inputs["dy"][groups.places(inputs.case.dy_order)])
+    gates = inputs.get("gates")
+    if gates is not None:
+        dy = dy.scaled(gates.reshape(-1)[groups.slots].double()[:, None])
+    return column_sums(dy, groups.slices).rounded(torch.float32)
+
+
+def _gram(left: Uncertain, right: Uncertain, groups: Groups, *, tf32: bool) -> Uncertain:
+    if tf32:
+        left, right = left.truncated(), right.truncated()
+    return gram(left, right, groups.slices)
+
+
+def _gated_rows(inputs: Inputs, groups: Groups, rows: Uncertain) -> Uncertain:
+    """Rows times their gates, as an operand of a product: rounded to the activations' type."""
+    gates = inputs.get("gates")
+    if gates is None:
+        return rows
+    return rows.scaled(gates.reshape(-1)[groups.slots].double()[:, None]).rounded(inputs.dtype)
+
+
+def _factors(inputs: Inputs) -> tuple[Uncertain, Uncertain]:
+    """A and B as the kernels read them: fp32 factors are rounded to the activations' type."""
+    factors = [Uncertain.exact(inputs[name]) for name in ("lora_a", "lora_b")]
+    if inputs.lora_dtype != inputs.dtype:
+        factors = [_read_as(factor, inputs.dtype) for factor in factors]
+    a, b = factors
+    return a, b
+
+
+def _read_as(factor: Uncertain, dtype: torch.dtype) -> Uncertain:
+    """A factor rounded on its way into a kernel; the rounding is known, but not part of the truth."""
+    rounded = factor.rounded(dtype)
+    return Uncertain(factor.value, rounded.local, rounded.shared, rounded.drift)

@@ -1,0 +1,218 @@
+"""Numbers that carry the error a correct kernel may make.
+
+`Uncertain` holds a value in fp64 and the variance that correct arithmetic in the kernel's precision leaves on
+it, in three parts that behave differently when errors are averaged:
+
+    local    rounding of this very element: independent from element to element
+    shared   rounding of an operand that many elements share (the rank-R intermediate, an activation)
+    drift    fp32 accumulation, which tensor cores bias toward zero: its errors may all point one way
+
+A reference is then a straight line of products, sums and `rounded(dtype)` where the kernel stores or casts:
+the expected error of every output follows from the arithmetic, and no tolerance is written anywhere.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEW_SOURCES = 8
+"""Below this many independent sources, shared rounding errors do not average out."""
+
+_TF32_DROPPED_BITS = 13
+
+
+def accumulation_epsilon(length: int) -> float:
+    """Relative error allowed to an fp32 accumulation of `length` products, tensor cores included."""
+    return 4e-9 * length + 1e-7
+
+
+def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance between neighbouring numbers of `dtype` at `value` (fp64), subnormal range included."""
+    limits = torch.finfo(dtype)
+    smallest = limits.smallest_normal * limits.eps
+    _, exponent = torch.frexp(value)
+    ulp = torch.ldexp(torch.full_like(value, limits.eps), exponent - 1)
+    return ulp.clamp_min(smallest)
+
+
+def rounding_variance(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Variance of rounding `value` (fp64) to nearest in `dtype`: uniform over one spacing."""
+    if dtype == torch.float64:
+        return _zero(value)
+    variance = spacing(value, dtype).square_().div_(12)
+    # A stored zero is exact.
+    return variance.masked_fill_(value == 0, 0)
+
+
+def truncated_to_tf32(value: Tensor) -> Tensor:
+    """`value` (fp64) as a tensor core reads an fp32 operand: 13 low mantissa bits cut off."""
+    bits = value.float().view(torch.int32)
+    return (bits & -(1 << _TF32_DROPPED_BITS)).view(torch.float32).double()
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertain:
+    """A tensor in fp64 with the variance of a correct result; variances broadcast against the value."""
+
+    value: Tensor
+    local: Tensor
+    shared: Tensor
+    drift: Tensor
+
+    @classmethod
+    def exact(cls, value: Tensor) -> "Uncertain":
+        """An input: known without error, kept in its own type until it is used."""
+        zero = _zero(value)
+        return cls(value, zero, zero, zero)
+
+    @property
+    def variance(self) -> Tensor:
+        """All parts together."""
+        return self.local + self.shared + self.drift
+
+    def rounded(self, dtype: torch.dtype | None) -> "Uncertain":
+        """Stored or cast to `dtype`; None keeps it as it is."""
+        if dtype is None or dtype == torch.float64:
+            return self
+        value = self.value.double()
+        local = self.local + rounding_variance(value, dtype)
+        return Uncertain(value, local, self.shared, self.drift)
+
+    def truncated(self) -> "Uncertain":
+        """Read as a tf32 operand.
+
+        A value that is itself uncertain may fall on the other side of a step: that moves it by one step with
+        probability (error / step), a variance of error x step.
+        """
+        value = truncated_to_tf32(self.value)
+        error = self.variance
+        if error.ndim == 0 and not error:
+            return Uncertain(value, self.local, self.shared, self.drift)
+        step = spacing(value, torch.float32) * (1 << _TF32_DROPPED_BITS)
+        return Uncertain(value, self.local + error.sqrt() * step, self.shared, self.drift)
+
+    def scaled(self, factor: float | Tensor) -> "Uncertain":
+        """Times an exact factor."""
+        square = factor * factor
+        return Uncertain(
+            self.value.double() * factor, self.local * square, self.shared * square, self.drift * square
+        )
+
+    def times(self, other: "Uncertain") -> "Uncertain":
+        """Elementwise product; errors of the factors are taken as independent, to first order."""
+        mine, theirs = _squares(self, other.value), _squares(other, self.value)
+        parts = [a + b for a, b in zip(mine, theirs, strict=True)]
+        return Uncertain(self.value.double() * other.value, *parts)
+
+    def mapped(self, value: Tensor, slope: Tensor) -> "Uncertain":
+        """f(self), given f's value and derivative there."""
+        return Uncertain(value, *_squares(self, slope))
+
+    def __add__(self, other: "Uncertain") -> "Uncertain":
+        return Uncertain(
+            self.value.double() + other.value,
+            self.local + other.local,
+            self.shared + other.shared,
+            self.drift + other.drift,
+        )
+
+    def __getitem__(self, index: Any) -> "Uncertain":
+        return self.rearranged(lambda tensor: tensor[index])
+
+    @property
+    def mT(self) -> "Uncertain":
+        """Last two dimensions exchanged."""
+        return self.rearranged(lambda tensor: tensor.mT)
+
+    def rearranged(self, move: Callable[[Tensor], Tensor]) -> "Uncertain":
+        """Value and variances moved alike."""
+
+        def part(variance: Tensor) -> Tensor:
+            return variance if variance.ndim == 0 else move(variance)
+
+        return Uncertain(move(self.value), part(self.local), part(self.shared), part(self.drift))
+
+
+def matmul(left: Uncertain, right: Uncertain) -> Uncertain:
+    """left [m, k] times right [k, n], accumulated in fp32: rounding of the operands becomes shared error."""
+    length = left.value.shape[-1]
+    left_value, right_value = left.value.double(), right.value.double()
+    value = left_value @ right_value
+    left_square, right_square = left_value.square(), right_value.square()
+    shared = _carried(left.local + left.shared, right_square)
+    shared = shared + _carried_right(left_square, right.local + right.shared)
+    drift = _carried(left.drift, right_square) + _carried_right(left_square, right.drift)
+    spread = left_square @ right_square + value.square()
+    drift = drift + spread.mul_(accumulation_epsilon(length) ** 2)
+    return Uncertain(value, _zero(value), shared, drift)
+
+
+def routed_product(x: Uncertain, weight: Uncertain, groups: Sequence[slice]) -> Uncertain:
+    """Rows of x [rows, k] times weight [experts, k, n] of their expert; rows of no group stay zero."""
+    live = [(e, rows) for e, rows in enumerate(groups) if rows.stop > rows.start]
+    parts = (matmul(x[rows], weight[e]) for e, rows in live)
+    shape = (x.value.shape[0], weight.value.shape[-1])
+    return _gathered(parts, [rows for _, rows in live], shape, x.value)
+
+
+def gram(left: Uncertain, right: Uncertain, groups: Sequence[slice]) -> Uncertain:
+    """left[rows].T @ right[rows] for every expert: [experts, p, q] from [rows, p] and [rows, q]."""
+    live = [(e, rows) for e, rows in enumerate(groups) if rows.stop > rows.start]
+    parts = (matmul(left[rows].mT, right[rows]) for _, rows in live)
+    shape = (len(groups), left.value.shape[-1], right.value.shape[-1])
+    return _gathered(parts, [e for e, _ in live], shape, left.value)
+
+
+def column_sums(x: Uncertain, groups: Sequence[slice]) -> Uncertain:
+    """Sum of the rows of every expert, accumulated in fp32: [experts, n] from [rows, n]."""
+    ones = Uncertain.exact(x.value.new_ones((x.value.shape[0], 1)))
+    return gram(ones, x, groups)[:, 0]
+
+
+def summed(x: Uncertain, dim: int) -> Uncertain:
+    """Sum over `dim`, accumulated in fp32; errors of the summands are taken as independent."""
+
+    def part(variance: Tensor) -> Tensor:
+        return variance if variance.ndim == 0 else variance.sum(dim)
+
+    value = x.value.double().sum(dim)
+    drift = part(x.drift) + accumulation_epsilon(x.value.shape[dim]) ** 2 * (
+        x.value.double().square().sum(dim) + value.square()
+    )
+    return Uncertain(value, _zero(value), part(x.local) + part(x.shared), drift)
+
+
+def _gathered(
+    parts: Iterable[Uncertain], places: Sequence[Any], shape: tuple[int, ...], like: Tensor
+) -> Uncertain:
+    value = like.new_zeros(shape, dtype=torch.float64)
+    variances = [_zero(value)] * 3
+    for place, part in zip(places, parts, strict=True):
+        value[place] = part.value
+        for index, variance in enumerate((part.local, part.shared, part.drift)):
+            if variance.ndim == 0:
+                continue
+            if variances[index].ndim == 0:
+                variances[index] = torch.zeros_like(value)
+            variances[index][place] = variance
+    return Uncertain(value, *variances)
+
+
+def _squares(x: Uncertain, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    square = slope.square()
+    return x.local * square, x.shared * square, x.drift * square
+
+
+def _carried(variance: Tensor, square: Tensor) -> Tensor:
+    return variance if variance.ndim == 0 else variance @ square
+
+
+def _carried_right(square: Tensor, variance: Tensor) -> Tensor:
+    return variance if variance.ndim == 0 else square @ variance
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=like.device)

@@ -1,0 +1,290 @@
+"""Runs kernels against their references: one `Outcome` per kernel, plan, case, dtype and mode.
+
+An outcome is data. Whatever a kernel does, short of KeyboardInterrupt, becomes one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .compare import WORST, Comparison, compare
+from .expected import Expected
+from .guards import Guards, shelter
+from .inputs import DTYPES, Inputs
+from .models import Arithmetic
+from .routings import describe_counts
+from .spec import KernelSpec, NamedPlan
+
+LEAST_SHARE = 0.3
+"""A term that carries less of the output's norm than this could hide its own loss."""
+
+_DRAWS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of one check.
+
+    status: passed, failed, error or unavailable. ratio: worst error over its limit. measure: whole, expert,
+    row, lora, slope, exact or guard. where: output, expert, row, column, got, want. reason: in words, unless
+    passed. ratios: the worst ratio of each measure.
+    """
+
+    kernel: str
+    path: str
+    plan: str
+    case: str
+    dtype: str
+    mode: str
+    status: str
+    ratio: float | None = None
+    measure: str = ""
+    where: Mapping[str, object] = field(default_factory=dict)
+    reason: str = ""
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing needs attention."""
+        return self.status in ("passed", "unavailable")
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What was checked, without what came of it."""
+        return (self.kernel, self.path, self.plan, self.case, self.dtype, self.mode)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for a record."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = f"{self.status}: {self.kernel} [{self.path}] {self.case} {self.dtype} {self.mode}"
+        return f"{head}: {self.reason}" if self.reason else head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One kernel on one case, dtype and mode: what its plans share."""
+
+    lib: ModuleType
+    spec: KernelSpec
+    case: Case
+    dtype: torch.dtype
+    mode: str
+    device: torch.device
+    seed: int = 0
+
+    def draw(self) -> Inputs:
+        """Inputs whose terms all matter; redrawn, within reason, until they do.
+
+        Raises:
+            ValueError: no draw was balanced.
+        """
+        share, term = 0.0, ""
+        for attempt in range(_DRAWS):
+            inputs = self.spec.inputs(
+                self.case, self.dtype, self.mode, self.device, seed=self.seed + 1000 * attempt
+            )
+            if self.mode != "balanced":
+                return inputs
+            found = [e.weakest_share() for e in self._reference(inputs, Arithmetic()).values()]
+            term, share = min(found, key=lambda item: item[1], default=("", 1.0))
+            if share >= LEAST_SHARE:
+                return inputs
+        raise ValueError(
+            f"the {term} term carries {share:.0%} of the output, less than {LEAST_SHARE:.0%}: "
+            "this case could not see it lost"
+        )
+
+    def _reference(self, inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+        with torch.enable_grad():
+            return self.spec.reference(inputs, how)
+
+    def outcome(self, plan: NamedPlan, **facts: Any) -> Outcome:
+        """An outcome of this problem."""
+        return Outcome(
+            kernel=self.spec.name,
+            path=plan.path,
+            plan=plan.label,
+            case=self.case.name,
+            dtype=dtype_name(self.dtype),
+            mode=self.mode,
+            **facts,
+        )
+
+    def check(self, wanted: Callable[[NamedPlan], bool] = lambda plan: True) -> Iterator[Outcome]:
+        """Check every plan that is wanted; references are computed once per kind of arithmetic."""
+        nobody = NamedPlan(path="", plan=None)
+        try:
+            inputs = self.draw()
+            plans = [plan for plan in self.spec.plans(self.lib, inputs) if wanted(plan)]
+        except Exception as error:  # noqa: BLE001 - becomes an outcome
+            yield self.outcome(nobody, status="error", reason=in_words(error))
+            return
+        known: dict[Arithmetic, Mapping[str, Expected]] = {}
+        for plan in plans:
+            if plan.unavailable:
+                yield self.outcome(plan, status="unavailable", reason=plan.unavailable)
+                continue
+            try:
+                how = self.spec.arithmetic(self.lib, inputs, plan.plan)
+                if how not in known:
+                    known = {how: self._reference(inputs, how)}
+                yield self._judged(plan, inputs, known[how])
+            except Exception as error:  # noqa: BLE001 - becomes an outcome
+                yield self.outcome(plan, status="error", reason=in_words(error))
+
+    def _judged(
+        self, plan: NamedPlan, inputs: Inputs, expected: Mapping[str, Expected]
+    ) -> Outcome:
+        outputs, problems = guarded_run(self.lib, self.spec, inputs, plan.plan)
+        if problems:
+            return self.outcome(
+                plan, status="failed", ratio=WORST, measure="guard", reason="; ".join(problems)
+            )
+        if set(outputs) != set(expected):
+            reason = f"outputs {sorted(outputs)}, expected {sorted(expected)}"
+            return self.outcome(plan, status="error", reason=reason)
+        exact = self.mode == "exact"
+        comparisons = [
+            compare(name, outputs[name], expected[name], exact=exact) for name in expected
+        ]
+        worst = max(comparisons, key=lambda item: item.ratio)
+        reason = ""
+        if not worst.ok:
+            counts = describe_counts(inputs["top_k_index"], self.case.experts)
+            reason = f"{worst}; {counts}"
+        return self.outcome(
+            plan,
+            status="passed" if worst.ok else "failed",
+            ratio=worst.ratio,
+            measure=measure_name(worst, self.mode),
+            where={"output": worst.output, **worst.where},
+            reason=reason,
+            ratios=_merged(comparisons),
+        )
+
+
+def guarded_run(
+    lib: ModuleType, spec: KernelSpec, inputs: Inputs, plan: Any
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """Outputs of a kernel on sheltered inputs and poisoned buffers, and what it damaged."""
+    sheltered = shelter(inputs)
+    with Guards() as guards:
+        outputs = spec.run(lib, sheltered.inputs, plan)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
+    return outputs, (*guards.problems(), *sheltered.problems())
+
+
+def check_one(
+    lib: ModuleType,
+    spec: KernelSpec,
+    case: Case,
+    dtype: torch.dtype,
+    plan: NamedPlan,
+    mode: str,
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> Outcome:
+    """Check one plan of one kernel on one case."""
+    problem = Problem(
+        lib=lib, spec=spec, case=case, dtype=dtype, mode=mode, device=device, seed=seed
+    )
+    for outcome in problem.check(lambda found: found.plan == plan.plan):
+        return outcome
+    return problem.outcome(
+        plan, status="error", reason=f"{spec.name} does not offer this plan for {case.name}"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What to check; an empty tuple means everything. quick: the quick plans and small cases only."""
+
+    kernels: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    quick: bool = True
+    seed: int = 0
+
+    def problems(
+        self, lib: ModuleType, kernels: tuple[KernelSpec, ...], device: torch.device
+    ) -> tuple[Problem, ...]:
+        """Every problem of the selection, in a fixed order. Cases are names or tags."""
+        return tuple(
+            Problem(
+                lib=lib, spec=spec, case=case, dtype=dtype, mode=mode, device=device, seed=self.seed
+            )
+            for spec in kernels
+            if not self.kernels or spec.name in self.kernels
+            for case in spec.cases
+            if self._takes(case, device)
+            for dtype in spec.dtypes
+            if not self.dtypes or dtype_name(dtype) in self.dtypes
+            for mode in modes_of(spec, case, dtype)
+            if not self.modes or mode in self.modes
+        )
+
+    def _takes(self, case: Case, device: torch.device) -> bool:
+        if self.cases:
+            return case.name in self.cases or bool(case.tags & set(self.cases))
+        return "model" not in case.tags or (device.type == "cuda" and not self.quick)
+
+    def wants(self, plan: NamedPlan) -> bool:
+        """Whether a plan belongs to the selection."""
+        if self.paths and plan.path not in self.paths:
+            return False
+        return plan.quick or not self.quick
+
+
+def modes_of(spec: KernelSpec, case: Case, dtype: torch.dtype) -> tuple[str, ...]:
+    """The input modes in which a case is worth running.
+
+    Exact arithmetic is the same in every dtype up to the final rounding, and needs no model of errors: it is
+    for small cases. The LoRA part alone adds nothing where a term of the output already shows it, so it runs
+    on the smoke and model cases.
+    """
+    del dtype
+    return tuple(
+        mode
+        for mode in spec.modes
+        if mode == "balanced"
+        or (mode == "exact" and "model" not in case.tags)
+        or (mode == "lora-only" and case.tags & {"smoke", "bench"})
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16."""
+    return next((name for name, value in DTYPES.items() if value == dtype), str(dtype))
+
+
+def measure_name(comparison: Comparison, mode: str) -> str:
+    """What a comparison measured; with nothing but LoRA in the output, every error is one of LoRA."""
+    if mode == "lora-only" and comparison.measure in ("whole", "expert", "row"):
+        return "lora"
+    return comparison.measure
+
+
+def in_words(error: Exception) -> str:
+    """An exception as one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+def _merged(comparisons: list[Comparison]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for comparison in comparisons:
+        for measure, ratio in comparison.ratios.items():
+            merged[measure] = max(merged.get(measure, 0.0), ratio)
+    return merged
+

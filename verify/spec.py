@@ -1,0 +1,106 @@
+"""What verify knows about one kernel. Adding a kernel is one `KernelSpec` in `verify.specs.KERNELS`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .expected import Expected
+from .inputs import Inputs, make_inputs
+from .models import Arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedPlan:
+    """A plan to run, the dispatch path it takes, and whether the quick selection runs it."""
+
+    path: str
+    plan: Any
+    quick: bool = True
+    unavailable: str = ""
+    """Why this machine cannot run it, or empty."""
+
+    @property
+    def label(self) -> str:
+        """The knobs of the plan in one word, the same for equal plans."""
+        return describe(self.plan)
+
+
+def describe(plan: Any) -> str:
+    """A plan's fields in one word: values only, nested ones in brackets."""
+    if plan is None:
+        return "default"
+    if not is_dataclass(plan):
+        return str(getattr(plan, "value", plan))
+    words = [describe_field(getattr(plan, item.name)) for item in fields(plan)]
+    return ":".join(word for word in words if word)
+
+
+def describe_field(value: Any) -> str:
+    """One field of a plan."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return "yes"
+    if is_dataclass(value):
+        return "[" + "x".join(str(getattr(value, item.name)) for item in fields(value)) + "]"
+    return str(getattr(value, "value", value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutant:
+    """A wrong kernel: in `file` of the package, `old` (found exactly once) becomes `new`.
+
+    `what` says what is broken. equivalent: why no check could see it, or empty.
+    """
+
+    id: str
+    what: str
+    file: str
+    old: str
+    new: str
+    equivalent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadInput:
+    """A call that must raise `error`, with all of `words` in its message, before anything is launched."""
+
+    name: str
+    call: Callable[[ModuleType, Inputs], object]
+    error: type[Exception]
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelSpec:
+    """One kernel, or one pipeline of kernels, and all that is known of it.
+
+    run: (lib, inputs, plan) -> outputs by name; lib is the package under test, which a spec never imports.
+    reference: (inputs, arithmetic) -> what the outputs should be, on the device of the inputs.
+    arithmetic: (lib, inputs, plan) -> how the plan computes; references are shared by plans that agree in it.
+    plans: (lib, inputs) -> every path, and the plans worth running on each.
+    cost: (case, dtype) -> (floating-point operations, bytes moved if every operand is touched once).
+    modes: input modes that make sense. inputs: (case, dtype, mode, device, seed=) -> Inputs.
+    ops: public operations of the package that this entry covers. source: module path of its kernel.
+    """
+
+    name: str
+    run: Callable[[ModuleType, Inputs, Any], Mapping[str, Tensor]]
+    reference: Callable[[Inputs, Arithmetic], Mapping[str, Expected]]
+    cases: tuple[Case, ...]
+    plans: Callable[[ModuleType, Inputs], tuple[NamedPlan, ...]]
+    cost: Callable[[Case, torch.dtype], tuple[float, float]]
+    source: str
+    ops: tuple[str, ...]
+    arithmetic: Callable[[ModuleType, Inputs, Any], Arithmetic] = lambda lib, inputs, plan: Arithmetic()
+    modes: tuple[str, ...] = ("balanced", "lora-only", "exact")
+    inputs: Callable[..., Inputs] = make_inputs
+    mutants: tuple[Mutant, ...] = ()
+    bad_inputs: tuple[BadInput, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    quick_cases: Callable[[Case], bool] = lambda case: bool(case.tags & {"smoke", "edge"})

@@ -1,0 +1,181 @@
+"""What the specs share: building the package's values from inputs, plans, groups of outputs, costs."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import Case
+from ..expected import Expected
+from ..inputs import Inputs
+from ..models import Arithmetic, Rounds
+from ..numerics import Uncertain
+from ..references import Groups
+from ..spec import NamedPlan
+
+TERMS = ("base", "lora", "bias")
+
+
+def ops(lib: ModuleType) -> Any:
+    """The operations of the package under test."""
+    return importlib.import_module(f"{lib.__name__}.ops")
+
+
+def submodule(lib: ModuleType, name: str) -> Any:
+    """A module of the package under test."""
+    return importlib.import_module(f"{lib.__name__}.{name}")
+
+
+def routing(lib: ModuleType, inputs: Inputs) -> Any:
+    """The package's Routing of a case."""
+    case = inputs.case
+    return lib.Routing.from_top_k(inputs["top_k_index"], case.experts, sentinels=case.drops)
+
+
+def adapter(lib: ModuleType, inputs: Inputs) -> Any:
+    """The package's LoRAWeights of a case."""
+    return lib.LoRAWeights(a=inputs["lora_a"], b=inputs["lora_b"], scaling=inputs.scaling)
+
+
+def order(lib: ModuleType, name: str) -> Any:
+    """A row order of the package by name."""
+    return lib.RowOrder[name]
+
+
+def groups_of(inputs: Inputs) -> Groups:
+    """The judge's own grouping of a case."""
+    return Groups.of(inputs["top_k_index"], inputs.case.experts)
+
+
+def arithmetic(lib: ModuleType, inputs: Inputs, plan: Any) -> Arithmetic:
+    """How a plan of a routed product computes."""
+    del lib
+    rounds = {"split": Rounds.PER_TERM, "grouped_mm": Rounds.PER_STEP}
+    return Arithmetic(
+        rounds=rounds.get(str(plan.path.value), Rounds.ONCE),
+        tf32=plan.precision.value == "tf32" and inputs.dtype == torch.float32,
+    )
+
+
+def plans_of(lib: ModuleType, problem: Any, device: torch.device) -> tuple[NamedPlan, ...]:
+    """Every path of an operation with the heuristic's tiles, then every candidate plan.
+
+    On a GPU fp32 problems run with IEEE and with tf32 products.
+    """
+    module = submodule(lib, "plan")
+    facts = lib.Device.of(device)
+    base = lib.choose(problem, facts)
+    precisions = [base.precision]
+    if problem.dtype == torch.float32 and device.type == "cuda":
+        precisions = list(lib.Precision)
+    named: dict[Any, NamedPlan] = {}
+    for path in module.PATHS[problem.operation]:
+        refused = ""
+        if path.value == "grouped_mm" and not problem.grouped_mm:
+            refused = "torch._grouped_mm is native for bf16 on CUDA with 16-byte strides only"
+        for precision in precisions:
+            plan = replace(module.with_path(base, path, problem, facts), precision=precision)
+            named.setdefault(plan, NamedPlan(path=path.value, plan=plan, unavailable=refused))
+    for plan in lib.candidates(problem, facts):
+        named.setdefault(plan, NamedPlan(path=plan.path.value, plan=plan, quick=False))
+    return tuple(named.values())
+
+
+def product_plans(
+    lib: ModuleType, operation: str, x: Tensor, weight: Tensor, inputs: Inputs, rank: int = 0
+) -> tuple[NamedPlan, ...]:
+    """Plans of a routed product of x [., K] with weight [E, K, N]."""
+    case = inputs.case
+    rows = SimpleNamespace(rows=case.rows, experts=case.experts)
+    problem = submodule(lib, "ops.product").product_problem(
+        x, weight, rows, lib.Operation(operation), rank
+    )
+    return plans_of(lib, problem, inputs.device)
+
+
+def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPlan, ...]:
+    """Plans of a weight gradient; rank 0 is that of the base."""
+    case = inputs.case
+    rows = SimpleNamespace(rows=case.rows, experts=case.experts)
+    problem = submodule(lib, "ops.weight_grad").weight_grad_problem(
+        inputs["x"], case.k_in, case.n_out, rows, rank
+    )
+    return plans_of(lib, problem, inputs.device)
+
+
+def only_default(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    """For operations that take no plan."""
+    del lib, inputs
+    return (NamedPlan(path="default", plan=None),)
+
+
+def row_expected(
+    inputs: Inputs,
+    groups: Groups,
+    model: Uncertain,
+    target: str,
+    *,
+    truth: Tensor | None = None,
+    terms: Mapping[str, Tensor] | None = None,
+    sources: int | None = None,
+) -> Expected:
+    """An output with one row per routed row, of which `model` holds the kept ones in expert order.
+
+    truth, terms: [rows, .] in `target` order; without a truth the value is the model's (tf32 operands).
+    sources: rounded operand elements behind one row, the rank unless stated.
+    """
+    placed = model.rearranged(lambda part: groups.spread(part, target))
+    labels = groups.labels(target)
+    rounded_adapter = inputs.lora_dtype != inputs.dtype
+    return Expected(
+        value=placed.value if truth is None else truth,
+        model=placed,
+        dtype=inputs.dtype,
+        expert=labels,
+        sources=torch.full_like(labels, inputs.case.rank if sources is None else sources),
+        zero=labels == groups.experts,
+        terms=terms or {},
+        coupled="expert" if rounded_adapter else "vector",
+    )
+
+
+def expert_expected(
+    groups: Groups,
+    model: Uncertain,
+    dtype: torch.dtype,
+    *,
+    truth: Tensor | None = None,
+    vector_dim: int = -1,
+    terms: Mapping[str, Tensor] | None = None,
+    coupled: str = "vector",
+) -> Expected:
+    """A gradient [experts, ...] whose vectors are summed over the rows of their expert."""
+    value = model.value if truth is None else truth
+    vectors = value.numel() // max(value.shape[vector_dim], 1) // max(groups.experts, 1)
+    experts = torch.arange(groups.experts, device=value.device).repeat_interleave(vectors)
+    counts = groups.counts.repeat_interleave(vectors)
+    return Expected(
+        value=value,
+        model=model,
+        dtype=dtype,
+        expert=experts,
+        sources=counts,
+        zero=counts == 0,
+        vector_dim=vector_dim,
+        terms=terms or {},
+        coupled=coupled,
+    )
+
+
+def bytes_of(dtype: torch.dtype, *elements: float) -> float:
+    """Bytes of that many elements."""
+    return float(sum(elements)) * dtype.itemsize
+
+
+def active_experts(case: Case) -> int:
+    """At most this many experts have rows."""
+    return min(case.experts, case.rows)

@@ -1,0 +1,243 @@
+"""scatter2scatter, shrink and the LoRA products: forward and input gradient."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import CASES, Case
+from ..expected import Expected
+from ..inputs import Inputs
+from ..models import Arithmetic, Linear
+from ..references import expert_linear, row_gradients
+from ..spec import KernelSpec, NamedPlan
+from .common import (
+    TERMS,
+    active_experts,
+    adapter,
+    arithmetic,
+    bytes_of,
+    groups_of,
+    ops,
+    order,
+    product_plans,
+    routing,
+    row_expected,
+)
+
+
+def _run_scatter2scatter(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    case = inputs.case
+    y = ops(lib).scatter2scatter(
+        inputs["x"],
+        inputs["weight"],
+        routing(lib, inputs),
+        source=order(lib, case.source),
+        target=order(lib, case.target),
+        bias=inputs.get("bias"),
+        row_scale=inputs.get("gates"),
+        plan=plan,
+    )
+    return {"y": y}
+
+
+def _run_shrink(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    t = ops(lib).shrink(
+        inputs["x"],
+        inputs["lora_a"].to(inputs.dtype),
+        routing(lib, inputs),
+        scaling=inputs.scaling,
+        source=order(lib, inputs.case.source),
+        plan=plan,
+    )
+    return {"t": t}
+
+
+def _run_forward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    case = inputs.case
+    y, t = ops(lib).lora_forward(
+        inputs["x"],
+        inputs["weight"],
+        adapter(lib, inputs),
+        routing(lib, inputs),
+        source=order(lib, case.source),
+        target=order(lib, case.target),
+        bias=inputs.get("bias"),
+        row_scale=inputs.get("gates"),
+        plan=plan,
+    )
+    return {"y": y, "t": t}
+
+
+def _run_input_grad(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    case = inputs.case
+    dx, yb = ops(lib).lora_input_grad(
+        inputs["dy"],
+        inputs["weight"],
+        adapter(lib, inputs),
+        routing(lib, inputs),
+        source=order(lib, case.dy_order),
+        target=order(lib, case.dx_order),
+        row_scale=inputs.get("gates"),
+        plan=plan,
+    )
+    return {"dx": dx, "yb": yb}
+
+
+def _forward_terms(inputs: Inputs, *parts: str) -> dict[str, Tensor]:
+    groups, case = groups_of(inputs), inputs.case
+    present = [part for part in parts if part != "bias" or inputs.get("bias") is not None]
+    return {
+        part: expert_linear(
+            inputs.tensors,
+            groups,
+            scaling=inputs.scaling,
+            source=case.source,
+            target=case.target,
+            parts=(part,),
+        )
+        for part in present
+    }
+
+
+def _total(terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum(0) if len(terms) > 1 else next(iter(terms.values()))
+
+
+def _low_rank(inputs: Inputs, model: Linear, truth: Tensor | None) -> Expected:
+    expected = row_expected(
+        inputs, model.groups, model.low_rank(), "EXPERT", truth=truth, sources=inputs.case.k_in
+    )
+    return expected
+
+
+def _reference_scatter2scatter(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    groups, terms = groups_of(inputs), _forward_terms(inputs, "base", "bias")
+    model = Linear.forward(inputs, groups, how).without_adapter().output()
+    truth = None if how.tf32 else _total(terms)
+    return {
+        "y": row_expected(inputs, groups, model, inputs.case.target, truth=truth, terms=terms)
+    }
+
+
+def _reference_shrink(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    model = Linear.forward(inputs, groups_of(inputs), how)
+    return {"t": _low_rank(inputs, model, None)}
+
+
+def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    groups, terms = groups_of(inputs), _forward_terms(inputs, *TERMS)
+    model = Linear.forward(inputs, groups, how)
+    truth = None if how.tf32 else _total(terms)
+    y = row_expected(inputs, groups, model.output(), inputs.case.target, truth=truth, terms=terms)
+    return {"y": y, "t": _low_rank(inputs, model, None)}
+
+
+def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    groups, case = groups_of(inputs), inputs.case
+    terms = {
+        part: row_gradients(
+            inputs.tensors,
+            groups,
+            scaling=inputs.scaling,
+            dy_order=case.dy_order,
+            order=case.dx_order,
+            parts=(part,),
+        )
+        for part in ("base", "lora")
+    }
+    model = Linear.input_grad(inputs, groups, how)
+    truth = None if how.tf32 else _total(terms)
+    dx = row_expected(inputs, groups, model.output(), case.dx_order, truth=truth, terms=terms)
+    return {"dx": dx, "yb": _low_rank(inputs, model, None)}
+
+
+def _plans_forward(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    x, weight, rank = inputs["x"], inputs["weight"], inputs.case.rank
+    return product_plans(lib, "lora_forward", x, weight, inputs, rank)
+
+
+def _plans_input_grad(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    dy, weight, rank = inputs["dy"], inputs["weight"].mT, inputs.case.rank
+    return product_plans(lib, "lora_input_grad", dy, weight, inputs, rank)
+
+
+def _plans_scatter2scatter(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    return product_plans(lib, "scatter2scatter", inputs["x"], inputs["weight"], inputs)
+
+
+def _plans_shrink(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    factor = inputs["lora_a"].to(inputs.dtype).mT
+    return product_plans(lib, "shrink", inputs["x"], factor, inputs)
+
+
+def _base_cost(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    flops = 2.0 * case.rows * case.k_in * case.n_out
+    x_rows = case.tokens if case.source == "TOKEN" else case.rows
+    weight = active_experts(case) * case.k_in * case.n_out
+    return flops, bytes_of(dtype, x_rows * case.k_in, weight, case.rows * case.n_out)
+
+
+def _shrink_cost(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    flops = 2.0 * case.rows * case.k_in * case.rank
+    x_rows = case.tokens if case.source == "TOKEN" else case.rows
+    factor = active_experts(case) * case.k_in * case.rank
+    return flops, bytes_of(dtype, x_rows * case.k_in, factor, case.rows * case.rank)
+
+
+def _lora_cost(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    base_flops, base_bytes = _base_cost(case, dtype)
+    wide = case.k_in + case.n_out
+    flops = base_flops + 2.0 * case.rows * case.rank * wide
+    factors = active_experts(case) * case.rank * wide
+    return flops, base_bytes + bytes_of(dtype, factors, case.rows * case.rank)
+
+
+SCATTER2SCATTER = KernelSpec(
+    name="scatter2scatter",
+    run=_run_scatter2scatter,
+    reference=_reference_scatter2scatter,
+    arithmetic=arithmetic,
+    cases=CASES,
+    plans=_plans_scatter2scatter,
+    cost=_base_cost,
+    modes=("balanced", "exact"),
+    source="ops/scatter2scatter.py",
+    ops=("scatter2scatter",),
+)
+SHRINK = KernelSpec(
+    name="shrink",
+    run=_run_shrink,
+    reference=_reference_shrink,
+    arithmetic=arithmetic,
+    cases=CASES,
+    plans=_plans_shrink,
+    cost=_shrink_cost,
+    modes=("balanced", "exact"),
+    source="ops/scatter2scatter.py",
+    ops=("shrink",),
+)
+LORA_FORWARD = KernelSpec(
+    name="lora_forward",
+    run=_run_forward,
+    reference=_reference_forward,
+    arithmetic=arithmetic,
+    cases=CASES,
+    plans=_plans_forward,
+    cost=_lora_cost,
+    source="ops/lora.py",
+    ops=("lora_forward",),
+)
+LORA_INPUT_GRAD = KernelSpec(
+    name="lora_input_grad",
+    run=_run_input_grad,
+    reference=_reference_input_grad,
+    arithmetic=arithmetic,
+    cases=CASES,
+    plans=_plans_input_grad,
+    cost=_lora_cost,
+    source="ops/lora.py",
+    ops=("lora_input_grad",),
+)
