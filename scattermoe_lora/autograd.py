@@ -1,0 +1,195 @@
+"""The routed LoRA projection as one differentiable function.
+
+    y[i] = x[i] W[e] + s (x[i] A[e]^T) B[e]^T + b[e]          rows y, or with gates
+    out[t] = sum over j of g[t, j] y[t k + j]
+
+Gradients are computed only where they are required: never a dense dW for a frozen base.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops import (
+    combine,
+    combine_grad,
+    expert_bias_grad,
+    expert_weight_grad,
+    lora_forward,
+    lora_input_grad,
+    lora_weight_grad,
+    scatter2scatter,
+    shrink,
+)
+from .ops.lora import as_operand
+from .plan import Plan
+from .routing import Routing, RowOrder
+from .weights import LoRAWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plans:
+    """Plans of one projection; None lets `choose` decide."""
+
+    forward: Plan | None = None
+    input_grad: Plan | None = None
+    weight_grad: Plan | None = None
+
+
+CHOSEN = Plans()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a projection is told and does not differentiate."""
+
+    routing: Routing
+    source: RowOrder
+    target: RowOrder
+    scaling: float
+    plans: Plans
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    *,
+    source: RowOrder,
+    target: RowOrder,
+    lora: LoRAWeights | None = None,
+    bias: Tensor | None = None,
+    gates: Tensor | None = None,
+    plans: Plans = CHOSEN,
+) -> Tensor:
+    """The routed projection of x, differentiable in x, weight, lora.a, lora.b, bias and gates.
+
+    Args:
+        x: [routing.row_count(source), K], fp32, fp16 or bf16.
+        weight: [experts, K, N] in the dtype of x, any strides (stored [experts, N, K]: pass its mT).
+        lora: factors in the dtype of x or fp32; their gradients come in their own dtype.
+        bias: [experts, N]. gates: [tokens, top_k]; then target must be SLOT and the choices are summed.
+
+    Returns:
+        [rows, N] in `target` order, or [tokens, N] when gates are given. Dropped rows are zero. Under
+        autocast x and weight are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit; the message names it and both numbers.
+    """
+    if gates is not None and target is not RowOrder.SLOT:
+        raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        if lora is not None and lora.a.dtype != torch.float32:
+            lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+    call = Call(
+        routing=routing,
+        source=source,
+        target=target,
+        scaling=1.0 if lora is None else lora.scaling,
+        plans=plans,
+    )
+    a, b = (None, None) if lora is None else (lora.a, lora.b)
+    return ExpertLinear.apply(x, weight, a, b, bias, gates, call)
+
+
+class ExpertLinear(torch.autograd.Function):
+    """Forward and backward of `expert_linear`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, bias, gates, call: Call):
+        """x, weight, a, b, bias, gates as in `expert_linear`; a and b together or neither."""
+        y, xa = product(x, weight, factors(a, b, call), bias, call)
+        wants_gates = gates is not None and ctx.needs_input_grad[5]
+        wants_x = any(ctx.needs_input_grad[index] for index in (1, 2, 3))
+        ctx.call = call
+        ctx.has_bias = bias is not None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x if wants_x else None, weight, a, b, gates, xa, y if wants_gates else None
+        )
+        return y if gates is None else combine(y, call.routing, gates=gates)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        """Gradients in the order of the inputs, None where none is required."""
+        x, weight, a, b, gates, xa, y = ctx.saved_tensors
+        call: Call = ctx.call
+        routing = call.routing
+        needs = ctx.needs_input_grad
+        lora = factors(a, b, call)
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        dy_order = call.target if gates is None else RowOrder.TOKEN
+        dx = dweight = da = db = dbias = dgates = yb = None
+        if needs[0] or needs[2] or needs[3]:
+            dx, yb = input_grad(dout, weight, lora, gates, dy_order, call, wants_dx=needs[0])
+        if needs[2] or needs[3]:
+            da, db = lora_weight_grad(
+                x,
+                dout,
+                xa,
+                yb,
+                lora,
+                routing,
+                x_order=call.source,
+                dy_order=dy_order,
+                row_scale=gates,
+                plan=call.plans.weight_grad,
+            )
+        orders = {"x_order": call.source, "dy_order": dy_order, "row_scale": gates}
+        if needs[1]:
+            dweight = expert_weight_grad(x, dout, routing, **orders)
+        if ctx.has_bias and needs[4]:
+            dbias = expert_bias_grad(dout, routing, dy_order=dy_order, row_scale=gates)
+            dbias = dbias.to(ctx.bias_dtype)
+        if y is not None:
+            dgates = combine_grad(y, dout, routing).to(gates.dtype)
+        return dx, dweight, da, db, dbias, dgates, None
+
+
+def factors(a: Tensor | None, b: Tensor | None, call: Call) -> LoRAWeights | None:
+    """The adapter of a call, or None."""
+    return None if a is None else LoRAWeights(a=a, b=b, scaling=call.scaling)
+
+
+def product(
+    x: Tensor, weight: Tensor, lora: LoRAWeights | None, bias: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of a projection and, with an adapter, s x A^T."""
+    orders = {"source": call.source, "target": call.target, "plan": call.plans.forward}
+    if lora is None:
+        return scatter2scatter(x, weight, call.routing, bias=bias, **orders), None
+    return lora_forward(x, weight, lora, call.routing, bias=bias, **orders)
+
+
+def input_grad(
+    dout: Tensor,
+    weight: Tensor,
+    lora: LoRAWeights | None,
+    gates: Tensor | None,
+    dy_order: RowOrder,
+    call: Call,
+    *,
+    wants_dx: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of x, summed over the choices where tokens share a row, and s dy B."""
+    routing = call.routing
+    target = RowOrder.EXPERT if call.source is RowOrder.EXPERT else RowOrder.SLOT
+    orders = {"source": dy_order, "target": target, "row_scale": gates}
+    orders["plan"] = call.plans.input_grad
+    yb = None
+    if not wants_dx:
+        down = as_operand(lora.b, dout.dtype).mT
+        return None, shrink(dout, down, routing, scaling=lora.scaling, source=dy_order)
+    if lora is None:
+        dx = scatter2scatter(dout, weight.mT, routing, **orders)
+    else:
+        dx, yb = lora_input_grad(dout, weight, lora, routing, **orders)
+    if call.source is RowOrder.TOKEN:
+        dx = combine(dx, routing)
+    return dx, yb

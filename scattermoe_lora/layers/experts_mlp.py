@@ -1,0 +1,208 @@
+"""A gated expert MLP: gate_up, activation, down and the gated sum over the choices of a token.
+
+    h   = x W1 + s1 (x A1^T) B1^T + b1        [rows, 2 I], expert order
+    act = f(h)                                [rows, I]
+    y   = act W2 + s2 (act A2^T) B2^T + b2    [rows, H], slot order
+    out = sum over j of g[t, j] y[t k + j]    [tokens, H]
+
+Saved for backward: x, h, the [rows, R] intermediates, and no copy of y: with d = dout W2^T + .. taken before
+gating, the gradient of a gate is <act, d> + <b2, dout>, and gating is a factor on d.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..autograd import Call, Plans, factors, input_grad, product
+from ..ops import (
+    Activation,
+    combine,
+    expert_bias_grad,
+    expert_weight_grad,
+    glu_backward,
+    glu_forward,
+    lora_weight_grad,
+)
+from ..routing import Routing, RowOrder
+from ..weights import LoRAWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """One projection of the layer: weight [experts, K, N], an adapter and a bias [experts, N] or None."""
+
+    weight: Tensor
+    lora: LoRAWeights | None = None
+    bias: Tensor | None = None
+    plans: Plans = Plans()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCall:
+    """What the layer is told and does not differentiate."""
+
+    gate_up: Call
+    down: Call
+    activation: Activation
+
+
+def experts_mlp(
+    hidden: Tensor,
+    gates: Tensor,
+    routing: Routing,
+    *,
+    gate_up: Projection,
+    down: Projection,
+    activation: Activation,
+) -> Tensor:
+    """out[t] = sum over j of gates[t, j] MLP_e(hidden[t]), e the j-th choice of token t.
+
+    Args:
+        hidden: [tokens, H], fp32, fp16 or bf16.
+        gates: [tokens, top_k], any floating dtype; used in fp32.
+        gate_up: weight [experts, H, 2 I]. down: weight [experts, I, H]. Weights in the dtype of hidden,
+            adapters in that or fp32. Either, both or neither projection may carry an adapter or a bias.
+
+    Returns:
+        [tokens, H] in the dtype of hidden; differentiable in hidden, gates and every weight that asks.
+        Under autocast hidden and the weights are cast to the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit; the message names it and both numbers.
+    """
+    _check_widths(hidden, gates, routing, gate_up, down)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
+    call = LayerCall(
+        gate_up=_call(gate_up, routing, RowOrder.TOKEN, RowOrder.EXPERT),
+        down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
+        activation=activation,
+    )
+    return ExpertsMLP.apply(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
+
+
+class ExpertsMLP(torch.autograd.Function):
+    """Forward and backward of `experts_mlp`."""
+
+    @staticmethod
+    def forward(ctx, x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, call: LayerCall):
+        """Operands as in `experts_mlp`; a and b of a projection together or neither."""
+        h, xa1 = product(x, w1, factors(a1, b1, call.gate_up), bias1, call.gate_up)
+        act = glu_forward(h, call.activation)
+        y, xa2 = product(act, w2, factors(a2, b2, call.down), bias2, call.down)
+        ctx.call = call
+        ctx.save_for_backward(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2)
+        return combine(y, call.gate_up.routing, gates=gates)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        """Gradients in the order of the inputs, None where none is required."""
+        x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2 = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        routing = call.gate_up.routing
+        needs = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 11
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        lora1, lora2 = factors(a1, b1, call.gate_up), factors(a2, b2, call.down)
+
+        dact, yb2 = input_grad(dout, w2, lora2, None, RowOrder.TOKEN, call.down, wants_dx=True)
+        dh, act, dgates = glu_backward(h, dact, routing, call.activation, gates=gates)
+        del dact
+        if needs[1]:
+            grads[1] = _gate_grad(dgates, dout, bias2, routing).to(gates.dtype)
+        orders = {"x_order": RowOrder.EXPERT, "dy_order": RowOrder.TOKEN, "row_scale": gates}
+        if needs[7] or needs[8]:
+            plan = call.down.plans.weight_grad
+            grads[7:9] = lora_weight_grad(act, dout, xa2, yb2, lora2, routing, plan=plan, **orders)
+        if needs[6]:
+            grads[6] = expert_weight_grad(act, dout, routing, **orders)
+        if needs[9]:
+            dbias = expert_bias_grad(dout, routing, dy_order=RowOrder.TOKEN, row_scale=gates)
+            grads[9] = dbias.to(bias2.dtype)
+        del act
+
+        yb1 = None
+        if needs[0] or needs[3] or needs[4]:
+            grads[0], yb1 = input_grad(
+                dh, w1, lora1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
+            )
+        orders = {"x_order": RowOrder.TOKEN, "dy_order": RowOrder.EXPERT}
+        if needs[3] or needs[4]:
+            plan = call.gate_up.plans.weight_grad
+            grads[3:5] = lora_weight_grad(x, dh, xa1, yb1, lora1, routing, plan=plan, **orders)
+        if needs[2]:
+            grads[2] = expert_weight_grad(x, dh, routing, **orders)
+        if needs[5]:
+            grads[5] = expert_bias_grad(dh, routing, dy_order=RowOrder.EXPERT).to(bias1.dtype)
+        return tuple(grads)
+
+
+def _gate_grad(
+    dgates: Tensor, dout: Tensor, bias: Tensor | None, routing: Routing
+) -> Tensor:
+    """<act, d> plus the bias's part <b2[e], dout[t]>, which never passed through d."""
+    if bias is None:
+        return dgates
+    expert_of_slot = torch.empty_like(routing.expert_of_row)
+    expert_of_slot.scatter_(0, routing.slots, routing.expert_of_row)
+    expert_of_slot = expert_of_slot.view(routing.tokens, routing.top_k).long()
+    kept = expert_of_slot < routing.experts
+    per_expert = dout.float() @ bias.float().mT
+    part = per_expert.gather(1, expert_of_slot.clamp(max=routing.experts - 1))
+    return dgates + part * kept
+
+
+def _call(
+    projection: Projection, routing: Routing, source: RowOrder, target: RowOrder
+) -> Call:
+    lora = projection.lora
+    return Call(
+        routing=routing,
+        source=source,
+        target=target,
+        scaling=1.0 if lora is None else lora.scaling,
+        plans=projection.plans,
+    )
+
+
+def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
+    lora = projection.lora
+    a, b = (None, None) if lora is None else (lora.a, lora.b)
+    return projection.weight, a, b, projection.bias
+
+
+def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
+    lora = projection.lora
+    if lora is not None and lora.a.dtype != torch.float32:
+        lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+    return Projection(
+        weight=projection.weight.to(dtype),
+        lora=lora,
+        bias=projection.bias,
+        plans=projection.plans,
+    )
+
+
+def _check_widths(
+    hidden: Tensor, gates: Tensor, routing: Routing, gate_up: Projection, down: Projection
+) -> None:
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [tokens, H], got shape {list(hidden.shape)}")
+    if tuple(gates.shape) != (routing.tokens, routing.top_k):
+        raise ValueError(
+            f"gates must have shape {[routing.tokens, routing.top_k]}, got {list(gates.shape)}"
+        )
+    for name, projection in (("gate_up", gate_up), ("down", down)):
+        if projection.weight.ndim != 3:
+            raise ValueError(
+                f"{name}.weight must be [experts, k, n], got {list(projection.weight.shape)}"
+            )
+    if gate_up.weight.shape[2] != 2 * down.weight.shape[1]:
+        raise ValueError(
+            f"gate_up.weight has output width {gate_up.weight.shape[2]}, which must be twice the input "
+            f"width {down.weight.shape[1]} of down.weight"
+        )
