@@ -138,12 +138,15 @@ class _Errors:
         value = expected.vectors(expected.value)
         finite = value.to(expected.dtype).isfinite()
 
-        def part(tensor: Tensor) -> Tensor:
-            full = expected.vectors(tensor).expand_as(value)
+        def kept(vectors: Tensor) -> Tensor:
+            full = vectors.expand_as(value)
             return torch.where(finite, full, torch.zeros_like(full))
 
+        def part(variance: Tensor) -> Tensor:
+            return kept(expected.vectors(variance))
+
         model = expected.model
-        error = part(expected.vectors(got).double() - value)
+        error = kept(expected.vectors(got).double() - value)
         drift = part(model.drift)
         return cls(
             output=output,

@@ -7,7 +7,8 @@ exact      sparse small integers; every partial sum is exact in fp32 and every s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Inputs:
     dtype: torch.dtype
     scaling: float
     tensors: Mapping[str, Tensor]
+    prepared: Any = None
+    """What the spec built from these inputs once for all plans, the package's Routing as a rule."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -57,15 +60,13 @@ class Inputs:
         """Storage type of the adapter."""
         return self.tensors["lora_a"].dtype
 
+    def only(self, *names: str) -> "Inputs":
+        """With the tensors of these names alone."""
+        return replace(self, tensors={name: self.tensors[name] for name in names})
+
     def having(self, **tensors: Tensor) -> "Inputs":
         """With tensors added or replaced."""
-        return Inputs(
-            case=self.case,
-            mode=self.mode,
-            dtype=self.dtype,
-            scaling=self.scaling,
-            tensors={**self.tensors, **tensors},
-        )
+        return replace(self, tensors={**self.tensors, **tensors})
 
 
 def rows_of(case: Case, order: str) -> int:

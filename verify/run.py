@@ -4,7 +4,7 @@ An outcome is data. Whatever a kernel does, short of KeyboardInterrupt, becomes 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +67,51 @@ class Outcome:
         return f"{head}: {self.reason}" if self.reason else head
 
 
+class Workbench:
+    """What problems of one run share: routings are built once per case, under guards, and must not change."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    def prepare(self, lib: ModuleType, spec: KernelSpec, inputs: Inputs) -> "Prepared | None":
+        """What `spec.prepare` builds from these inputs, now or earlier."""
+        if spec.prepare is None:
+            return None
+        index = inputs["top_k_index"]
+        case = inputs.case
+        key = (lib.__name__, spec.prepare, case.experts, case.drops, inputs.device, index.shape)
+        key = (*key, bytes(index.cpu().numpy()))
+        if key not in self._prepared:
+            sheltered = shelter(inputs.only("top_k_index"))
+            with Guards() as guards:
+                value = spec.prepare(lib, sheltered.inputs)
+            self._prepared[key] = Prepared(value=value, guards=guards, copies=_copies(value))
+        return self._prepared[key]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A value that kernels read, its guards, and copies of its tensors."""
+
+    value: Any
+    guards: Guards
+    copies: Mapping[str, Tensor]
+
+    def problems(self) -> tuple[str, ...]:
+        """What a kernel wrote into it, or around it."""
+        changed = [
+            f"changed {name} of the routing"
+            for name, copy in _copies(self.value).items()
+            if not torch.equal(copy, self.copies[name])
+        ]
+        return (*self.guards.problems(), *changed)
+
+
+def _copies(value: Any) -> dict[str, Tensor]:
+    found = {item.name: getattr(value, item.name) for item in fields(value)}
+    return {name: item.clone() for name, item in found.items() if isinstance(item, Tensor)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One kernel on one case, dtype and mode: what its plans share."""
@@ -78,6 +123,7 @@ class Problem:
     mode: str
     device: torch.device
     seed: int = 0
+    bench: Workbench = field(default_factory=Workbench)
 
     def draw(self) -> Inputs:
         """Inputs whose terms all matter; redrawn, within reason, until they do.
@@ -123,6 +169,8 @@ class Problem:
         try:
             inputs = self.draw()
             plans = [plan for plan in self.spec.plans(self.lib, inputs) if wanted(plan)]
+            prepared = self.bench.prepare(self.lib, self.spec, inputs) if plans else None
+            inputs = replace(inputs, prepared=prepared.value if prepared else None)
         except Exception as error:  # noqa: BLE001 - becomes an outcome
             yield self.outcome(nobody, status="error", reason=in_words(error))
             return
@@ -135,14 +183,20 @@ class Problem:
                 how = self.spec.arithmetic(self.lib, inputs, plan.plan)
                 if how not in known:
                     known = {how: self._reference(inputs, how)}
-                yield self._judged(plan, inputs, known[how])
+                outputs, problems = guarded_run(self.lib, self.spec, inputs, plan.plan)
+                problems += prepared.problems() if prepared else ()
+                yield self._judged(plan, inputs, known[how], outputs, problems)
             except Exception as error:  # noqa: BLE001 - becomes an outcome
                 yield self.outcome(plan, status="error", reason=in_words(error))
 
     def _judged(
-        self, plan: NamedPlan, inputs: Inputs, expected: Mapping[str, Expected]
+        self,
+        plan: NamedPlan,
+        inputs: Inputs,
+        expected: Mapping[str, Expected],
+        outputs: Mapping[str, Tensor],
+        problems: tuple[str, ...],
     ) -> Outcome:
-        outputs, problems = guarded_run(self.lib, self.spec, inputs, plan.plan)
         if problems:
             return self.outcome(
                 plan, status="failed", ratio=WORST, measure="guard", reason="; ".join(problems)
@@ -220,17 +274,24 @@ class Selection:
         self, lib: ModuleType, kernels: tuple[KernelSpec, ...], device: torch.device
     ) -> tuple[Problem, ...]:
         """Every problem of the selection, in a fixed order. Cases are names or tags."""
+        bench = Workbench()
         return tuple(
             Problem(
-                lib=lib, spec=spec, case=case, dtype=dtype, mode=mode, device=device, seed=self.seed
+                lib=lib,
+                spec=spec,
+                case=case,
+                dtype=dtype,
+                mode=mode,
+                device=device,
+                seed=self.seed,
+                bench=bench,
             )
             for spec in kernels
             if not self.kernels or spec.name in self.kernels
             for case in spec.cases
             if self._takes(case, device)
-            for dtype in spec.dtypes
+            for dtype, mode in (spec.quick_runs(case) if self.quick else spec.runs(case))
             if not self.dtypes or dtype_name(dtype) in self.dtypes
-            for mode in modes_of(spec, case, dtype)
             if not self.modes or mode in self.modes
         )
 
@@ -244,23 +305,6 @@ class Selection:
         if self.paths and plan.path not in self.paths:
             return False
         return plan.quick or not self.quick
-
-
-def modes_of(spec: KernelSpec, case: Case, dtype: torch.dtype) -> tuple[str, ...]:
-    """The input modes in which a case is worth running.
-
-    Exact arithmetic is the same in every dtype up to the final rounding, and needs no model of errors: it is
-    for small cases. The LoRA part alone adds nothing where a term of the output already shows it, so it runs
-    on the smoke and model cases.
-    """
-    del dtype
-    return tuple(
-        mode
-        for mode in spec.modes
-        if mode == "balanced"
-        or (mode == "exact" and "model" not in case.tags)
-        or (mode == "lora-only" and case.tags & {"smoke", "bench"})
-    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -87,6 +87,8 @@ class KernelSpec:
     cost: (case, dtype) -> (floating-point operations, bytes moved if every operand is touched once).
     modes: input modes that make sense. inputs: (case, dtype, mode, device, seed=) -> Inputs.
     ops: public operations of the package that this entry covers. source: module path of its kernel.
+    prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is a kernel of
+    its own with its own entry. None where run builds everything.
     """
 
     name: str
@@ -98,9 +100,39 @@ class KernelSpec:
     source: str
     ops: tuple[str, ...]
     arithmetic: Callable[[ModuleType, Inputs, Any], Arithmetic] = lambda lib, inputs, plan: Arithmetic()
+    prepare: Callable[[ModuleType, Inputs], Any] | None = None
     modes: tuple[str, ...] = ("balanced", "lora-only", "exact")
     inputs: Callable[..., Inputs] = make_inputs
     mutants: tuple[Mutant, ...] = ()
     bad_inputs: tuple[BadInput, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    quick_cases: Callable[[Case], bool] = lambda case: bool(case.tags & {"smoke", "edge"})
+
+    def runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
+        """Every (dtype, mode) in which a case is worth running.
+
+        Exact arithmetic needs no model of errors: it is for small cases. The LoRA part alone adds little where
+        the slope of the LoRA term is judged anyway: it runs on the smoke and the timed model cases.
+        """
+        tags = case.tags
+        modes = [
+            mode
+            for mode in self.modes
+            if mode == "balanced"
+            or (mode == "exact" and "model" not in tags)
+            or (mode == "lora-only" and tags & {"smoke", "bench"})
+        ]
+        return tuple((dtype, mode) for dtype in self.dtypes for mode in modes)
+
+    def quick_runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
+        """All runs of a smoke case; of others one balanced run, and every third time an exact one.
+
+        The dtype goes round from case to case, so that every dtype meets every kind of boundary somewhere.
+        """
+        if "smoke" in case.tags:
+            return self.runs(case)
+        turn = self.cases.index(case) + len(self.name)
+        dtypes = self.dtypes
+        runs = [(dtypes[turn % len(dtypes)], "balanced")]
+        if turn % 3 == 0:
+            runs.append((dtypes[(turn // 3) % len(dtypes)], "exact"))
+        return tuple(run for run in runs if run[1] in self.modes)

@@ -1,11 +1,19 @@
 """Every kernel that is verified. Adding one is one entry here."""
 
 from ..spec import KernelSpec
+from .gradients import EXPERT_BIAS_GRAD, EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
 from .linear import LORA_FORWARD, LORA_INPUT_GRAD, SCATTER2SCATTER, SHRINK
+from .rows import COMBINE, COMBINE_GRAD, GROUP
 
 KERNELS: tuple[KernelSpec, ...] = (
     SCATTER2SCATTER,
     SHRINK,
     LORA_FORWARD,
     LORA_INPUT_GRAD,
+    LORA_WEIGHT_GRAD,
+    EXPERT_WEIGHT_GRAD,
+    EXPERT_BIAS_GRAD,
+    GROUP,
+    COMBINE,
+    COMBINE_GRAD,
 )

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ def submodule(lib: ModuleType, name: str) -> Any:
 
 
 def routing(lib: ModuleType, inputs: Inputs) -> Any:
-    """The package's Routing of a case."""
+    """The package's Routing of a case, the prepared one if there is one."""
     case = inputs.case
+    if inputs.prepared is not None:
+        return inputs.prepared
     return lib.Routing.from_top_k(inputs["top_k_index"], case.experts, sentinels=case.drops)
 
 
@@ -88,21 +90,38 @@ def plans_of(lib: ModuleType, problem: Any, device: torch.device) -> tuple[Named
 def product_plans(
     lib: ModuleType, operation: str, x: Tensor, weight: Tensor, inputs: Inputs, rank: int = 0
 ) -> tuple[NamedPlan, ...]:
-    """Plans of a routed product of x [., K] with weight [E, K, N]."""
-    case = inputs.case
-    rows = SimpleNamespace(rows=case.rows, experts=case.experts)
-    problem = submodule(lib, "ops.product").product_problem(
-        x, weight, rows, lib.Operation(operation), rank
+    """Plans of a routed product of x [., K] with weight [E, K, N]; rank is that of the adapter, if any."""
+    checks = submodule(lib, "ops._check")
+    problem = lib.Problem(
+        operation=lib.Operation(operation),
+        rows=inputs.case.rows,
+        experts=inputs.case.experts,
+        k=weight.shape[1],
+        n=weight.shape[2],
+        rank=weight.shape[2] if operation == "shrink" else rank,
+        dtype=inputs.dtype,
+        precision=lib.Precision.IEEE,
+        w_map=checks.w_map(weight),
+        grouped_mm=checks.fits_grouped_mm(x, weight),
     )
     return plans_of(lib, problem, inputs.device)
 
 
 def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPlan, ...]:
-    """Plans of a weight gradient; rank 0 is that of the base."""
+    """Plans of a weight gradient [k_in, n_out]; rank 0 is that of the base."""
     case = inputs.case
-    rows = SimpleNamespace(rows=case.rows, experts=case.experts)
-    problem = submodule(lib, "ops.weight_grad").weight_grad_problem(
-        inputs["x"], case.k_in, case.n_out, rows, rank
+    widths = (case.k_in, case.n_out, rank) if rank else (case.k_in, case.n_out)
+    problem = lib.Problem(
+        operation=lib.Operation("lora_weight_grad" if rank else "expert_weight_grad"),
+        rows=case.rows,
+        experts=case.experts,
+        k=case.k_in,
+        n=case.n_out,
+        rank=rank,
+        dtype=inputs.dtype,
+        precision=lib.Precision.IEEE,
+        grouped_mm=submodule(lib, "ops._check").fits_grouped_mm(inputs["x"])
+        and all(width % 8 == 0 for width in widths),
     )
     return plans_of(lib, problem, inputs.device)
 
