@@ -5,12 +5,12 @@ Choice: the plan that the caller passes > the table shipped for this GPU > the h
 
 import enum
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 
 from ._row_tiles import ROW_TILES
+from ._sizes import next_power_of_two, power_of_two
 
 
 class Path(enum.StrEnum):
@@ -128,7 +128,9 @@ class Device:
         """Facts about a torch device; read once per device."""
         if device.type != "cuda":
             return INTERPRETER
-        return _cuda_device(device.index if device.index is not None else torch.cuda.current_device())
+        return _cuda_device(
+            device.index if device.index is not None else torch.cuda.current_device()
+        )
 
 
 INTERPRETER = Device(
@@ -173,31 +175,11 @@ def current_precision() -> Precision:
     return Precision.TF32 if allowed else Precision.IEEE
 
 
-def power_of_two(value: int, *, low: int, high: int) -> int:
-    """The smallest power of two that is at least `value`, within [low, high]."""
-    return min(max(triton.next_power_of_2(value), low), high)
-
-
 def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem on a device, by heuristic."""
-    return _choose(_bucket(problem), device)
-
-
-def _bucket(problem: Problem) -> Problem:
-    return replace(problem, rows=problem.experts * _rows_per_expert(problem))
-
-
-def _rows_per_expert(problem: Problem) -> int:
-    return triton.next_power_of_2(max(1, problem.rows // problem.experts))
-
-
-@cache
-def _choose(problem: Problem, device: Device) -> Plan:
+    """The plan for a problem on a device, by heuristic; depends on rows through rows per expert alone."""
     operation = problem.operation
     if operation is Operation.SHRINK:
-        return Plan(
-            path=Path.TILES, tile=shrink_tile(problem, device), precision=problem.precision
-        )
+        return Plan(path=Path.TILES, tile=shrink_tile(problem, device), precision=problem.precision)
     if operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD):
         return Plan(path=Path.GRAM, tile=gram_tile(problem, device), precision=problem.precision)
     path = Path.TILES if operation is Operation.SCATTER2SCATTER else Path.EPILOGUE
@@ -210,6 +192,55 @@ def _choose(problem: Problem, device: Device) -> Plan:
     )
 
 
+def plan_for(
+    operation: Operation,
+    *,
+    rows: int,
+    experts: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    w_map: str = "",
+) -> Plan:
+    """`choose` for operands at hand, remembered per bucket of rows per expert."""
+    bucket = next_power_of_two(max(1, rows // experts))
+    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
+    return _plan_for(operation, bucket, experts, k, n, rank, dtype, device, precision, w_map)
+
+
+@lru_cache(maxsize=4096)
+def _plan_for(
+    operation: Operation,
+    bucket: int,
+    experts: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str,
+    w_map: str,
+) -> Plan:
+    problem = Problem(
+        operation=operation,
+        rows=bucket * experts,
+        experts=experts,
+        k=k,
+        n=n,
+        rank=rank,
+        dtype=dtype,
+        precision=Precision.IEEE if precision == "highest" else Precision.TF32,
+        w_map=w_map,
+    )
+    return choose(problem, Device.of(device))
+
+
+def _rows_per_expert(problem: Problem) -> int:
+    return next_power_of_two(max(1, problem.rows // problem.experts))
+
+
 def product_tile(problem: Problem, device: Device) -> Tile:
     """Tile of a routed product with a wide output."""
     rows = _rows_per_expert(problem)
@@ -220,6 +251,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
             block_n=min(block_n_limit, 128),
             block_k=power_of_two(problem.k, low=16, high=128),
             descriptor=bool(problem.w_map),
+            x_descriptor=bool(problem.w_map),
         )
     wide = problem.dtype.itemsize == 4
     descriptor = bool(problem.w_map) and device.has_descriptors
@@ -233,7 +265,13 @@ def product_tile(problem: Problem, device: Device) -> Tile:
         )
     if rows > 64:
         tile = Tile(
-            block_m=128, block_n=block_n_limit, block_k=64, warps=8, stages=4, descriptor=descriptor
+            block_m=128,
+            block_n=block_n_limit,
+            block_k=64,
+            warps=8,
+            stages=4,
+            descriptor=descriptor,
+            x_descriptor=descriptor,
         )
     else:
         tile = Tile(
@@ -243,6 +281,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
             warps=4,
             stages=4,
             descriptor=descriptor,
+            x_descriptor=descriptor,
         )
     return fit(tile, problem, device)
 
@@ -257,10 +296,7 @@ def shrink_tile(problem: Problem, device: Device) -> Tile:
             block_n=block_n,
             block_k=power_of_two(problem.k, low=16, high=256),
         )
-    block_k = 128 if problem.dtype.itemsize == 2 else 64
-    tile = Tile(
-        block_m=power_of_two(rows, low=16, high=64), block_n=block_n, block_k=block_k, stages=4
-    )
+    tile = Tile(block_m=power_of_two(rows, low=16, high=64), block_n=block_n, block_k=64, stages=4)
     return fit(tile, problem, device)
 
 
@@ -274,13 +310,14 @@ def gram_tile(problem: Problem, device: Device) -> Tile:
             block_n=power_of_two(columns, low=16, high=128),
             block_k=power_of_two(problem.k, low=16, high=128),
         )
-    high = 128 if problem.dtype.itemsize == 2 else 64
+    narrow_dtype = problem.dtype.itemsize == 2
+    high = 128 if narrow_dtype else 64
     tile = Tile(
-        block_m=64 if problem.dtype.itemsize == 2 else 32,
+        block_m=128 if narrow_dtype and narrow else 64 if narrow_dtype else 32,
         block_n=power_of_two(columns, low=16, high=high),
         block_k=power_of_two(problem.k, low=16, high=high),
         warps=4,
-        stages=3,
+        stages=2 if narrow else 3,
     )
     return fit(tile, problem, device)
 
@@ -315,7 +352,9 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
         plans.append(with_path(base, path, problem, device))
     for block_m in ROW_TILES:
         if block_m <= 2 * _rows_per_expert(problem):
-            plans.append(replace(base, tile=fit(replace(base.tile, block_m=block_m), problem, device)))
+            plans.append(
+                replace(base, tile=fit(replace(base.tile, block_m=block_m), problem, device))
+            )
     return tuple(dict.fromkeys(plans))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._row_tiles import row_tile_count, row_tile_start, row_tiles
+from ._sort import sort_by_expert
 
 
 class RowOrder(enum.Enum):
@@ -66,11 +67,12 @@ class Routing:
         """Slots per operand row: slot s reads row s // fan_out (TOKEN and SLOT orders)."""
         return self.top_k if order is RowOrder.TOKEN else 1
 
-    def tile_table(self, block_m: int) -> tuple[Tensor, int]:
-        """The row-tile table for tiles of `block_m` rows, int32 [entries, 4], and its length."""
-        start = row_tile_start(self.rows, self.experts, block_m)
-        count = row_tile_count(self.rows, self.experts, block_m)
-        return self.tiles[start:], count
+    def tile_range(self, block_m: int) -> tuple[int, int]:
+        """First entry and number of entries of the table for tiles of `block_m` rows."""
+        return (
+            row_tile_start(self.rows, self.experts, block_m),
+            row_tile_count(self.rows, self.experts, block_m),
+        )
 
     @classmethod
     def from_top_k(
@@ -98,10 +100,8 @@ class Routing:
         compiling = torch.compiler.is_compiling()
         if not sentinels and not compiling and (validate or top_k_index.device.type == "cpu"):
             _check_values(top_k_index, experts)
-        keys = top_k_index.reshape(-1).clamp(-1, experts).to(torch.int32)
-        keys = keys.masked_fill(keys < 0, experts)
-        expert_of_row, slots = torch.sort(keys, stable=True)
-        return cls._from_sorted(expert_of_row, slots, tokens=tokens, top_k=top_k, experts=experts)
+        rows = sort_by_expert(top_k_index.reshape(-1).contiguous(), experts)
+        return cls(**rows._asdict(), tokens=tokens, top_k=top_k, experts=experts)
 
     @classmethod
     def from_sorted(
@@ -114,24 +114,15 @@ class Routing:
             ValueError: shapes differ, or the number of rows is not a multiple of `top_k`.
         """
         _check_sorted(expert_of_row, slots, top_k, experts)
-        tokens = slots.numel() // top_k
         keys = expert_of_row.clamp(max=experts).to(torch.int32)
-        return cls._from_sorted(
-            keys, slots.to(torch.int64), tokens=tokens, top_k=top_k, experts=experts
-        )
-
-    @classmethod
-    def _from_sorted(
-        cls, expert_of_row: Tensor, slots: Tensor, *, tokens: int, top_k: int, experts: int
-    ) -> "Routing":
         bounds = torch.arange(experts + 1, dtype=torch.int32, device=slots.device)
-        offsets = torch.searchsorted(expert_of_row, bounds, out_int32=True)
+        offsets = torch.searchsorted(keys, bounds, out_int32=True)
         return cls(
-            slots=slots,
-            expert_of_row=expert_of_row,
+            slots=slots.to(torch.int64),
+            expert_of_row=keys,
             offsets=offsets,
-            tiles=row_tiles(offsets, rows=tokens * top_k, experts=experts),
-            tokens=tokens,
+            tiles=row_tiles(offsets, rows=slots.numel(), experts=experts),
+            tokens=slots.numel() // top_k,
             top_k=top_k,
             experts=experts,
         )
@@ -141,7 +132,9 @@ def _check_top_k(top_k_index: Tensor, experts: int) -> None:
     if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"top_k_index must hold integers, got {top_k_index.dtype}")
     if top_k_index.ndim != 2:
-        raise ValueError(f"top_k_index must be [tokens, top_k], got shape {list(top_k_index.shape)}")
+        raise ValueError(
+            f"top_k_index must be [tokens, top_k], got shape {list(top_k_index.shape)}"
+        )
     if experts < 1:
         raise ValueError(f"experts must be at least 1, got {experts}")
     tokens, top_k = top_k_index.shape

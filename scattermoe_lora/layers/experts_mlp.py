@@ -141,9 +141,7 @@ class ExpertsMLP(torch.autograd.Function):
         return tuple(grads)
 
 
-def _gate_grad(
-    dgates: Tensor, dout: Tensor, bias: Tensor | None, routing: Routing
-) -> Tensor:
+def _gate_grad(dgates: Tensor, dout: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
     """<act, d> plus the bias's part <b2[e], dout[t]>, which never passed through d."""
     if bias is None:
         return dgates
@@ -156,9 +154,7 @@ def _gate_grad(
     return dgates + part * kept
 
 
-def _call(
-    projection: Projection, routing: Routing, source: RowOrder, target: RowOrder
-) -> Call:
+def _call(projection: Projection, routing: Routing, source: RowOrder, target: RowOrder) -> Call:
     lora = projection.lora
     return Call(
         routing=routing,

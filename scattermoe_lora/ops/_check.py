@@ -67,9 +67,7 @@ def check_bias(bias: Tensor | None, routing: Routing, width: int, device: torch.
     if not bias.dtype.is_floating_point:
         raise TypeError(f"bias must be floating point, got {bias.dtype}")
     if tuple(bias.shape) != (routing.experts, width):
-        raise ValueError(
-            f"bias must have shape {[routing.experts, width]}, got {list(bias.shape)}"
-        )
+        raise ValueError(f"bias must have shape {[routing.experts, width]}, got {list(bias.shape)}")
     if bias.device != device:
         raise ValueError(f"bias is on {bias.device} but x is on {device}")
 
@@ -107,9 +105,17 @@ def w_map(weight: Tensor) -> str:
     """
     if weight.data_ptr() % 16:
         return ""
-    if weight.stride(1) == 1 and _aligned(weight, weight.stride(2)) and weight.shape[1] * weight.itemsize >= 16:
+    if (
+        weight.stride(1) == 1
+        and _aligned(weight, weight.stride(2))
+        and weight.shape[1] * weight.itemsize >= 16
+    ):
         return "nk"
-    if weight.stride(2) == 1 and _aligned(weight, weight.stride(1)) and weight.shape[2] * weight.itemsize >= 16:
+    if (
+        weight.stride(2) == 1
+        and _aligned(weight, weight.stride(1))
+        and weight.shape[2] * weight.itemsize >= 16
+    ):
         return "kn"
     return ""
 

@@ -30,23 +30,25 @@ class Stack(NamedTuple):
 
 def matrix(tensor: Tensor) -> Matrix:
     """The view of a 2-D tensor that a kernel takes."""
-    return Matrix(tensor, tensor.stride(0), tensor.stride(1))
+    return Matrix(tensor, *tensor.stride())
 
 
 def stack(tensor: Tensor) -> Stack:
     """The view of a 3-D tensor [experts, rows, columns] that a kernel takes."""
-    return Stack(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+    return Stack(tensor, *tensor.stride())
 
 
 @triton.jit
-def locate(tiles, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def locate(tiles, first_entry, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's (expert, first row, end of the expert's rows, column block).
+
+    first_entry: where the table for this tile height begins.
 
     Programs of one expert are numbered column block by column block, row tiles fastest.
     """
     program = tl.program_id(0)
     column_blocks = tl.cdiv(columns, BLOCK_N)
-    entry = tiles + (program // column_blocks).to(tl.int64) * 4
+    entry = tiles + (first_entry + program // column_blocks).to(tl.int64) * 4
     expert = tl.load(entry)
     first = tl.load(entry + 1)
     begin = tl.load(entry + 2)

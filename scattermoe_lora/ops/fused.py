@@ -11,7 +11,7 @@ import triton.language as tl
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["first_entry", "scale"])
 def fused_kernel(
     x,
     w,
@@ -23,6 +23,7 @@ def fused_kernel(
     t,
     slots,
     tiles,
+    first_entry,
     fan_out,
     K,
     N,
@@ -37,7 +38,7 @@ def fused_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """One [BLOCK_M, BLOCK_N] tile of y; BLOCK_R covers the whole rank."""
-    expert, row, end, column_block = locate(tiles, N, BLOCK_M, BLOCK_N)
+    expert, row, end, column_block = locate(tiles, first_entry, N, BLOCK_M, BLOCK_N)
     if expert == UNUSED:
         return
     n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -59,7 +60,12 @@ def fused_kernel(
     k = tl.arange(0, BLOCK_K)
     expert = expert.to(tl.int64)
     x_ptrs = x.ptr + x_rows[:, None] * x.row + k.to(tl.int64)[None, :] * x.col
-    w_ptrs = w.ptr + expert * w.expert + k.to(tl.int64)[:, None] * w.row + n.to(tl.int64)[None, :] * w.col
+    w_ptrs = (
+        w.ptr
+        + expert * w.expert
+        + k.to(tl.int64)[:, None] * w.row
+        + n.to(tl.int64)[None, :] * w.col
+    )
     down_ptrs = down.ptr + expert * down.expert + k.to(tl.int64)[:, None] * down.row
     down_ptrs += r.to(tl.int64)[None, :] * down.col
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

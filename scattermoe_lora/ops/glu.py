@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interpreter import require_supported
+from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
 from ._tile import matrix
@@ -60,7 +61,7 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
     act = torch.empty((h.shape[0], h.shape[1] // 2), dtype=h.dtype, device=h.device)
     if act.numel():
         block = _block(act.shape[1])
-        glu_forward_kernel[(h.shape[0], triton.cdiv(act.shape[1], block))](
+        glu_forward_kernel[(h.shape[0], ceil_div(act.shape[1], block))](
             matrix(h),
             matrix(act),
             act.shape[1],
@@ -240,4 +241,4 @@ def _check_h(h: Tensor) -> None:
 
 
 def _block(width: int) -> int:
-    return min(max(triton.next_power_of_2(width), 64), 1024)
+    return min(max(next_power_of_two(width), 64), 1024)

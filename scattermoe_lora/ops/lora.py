@@ -9,17 +9,17 @@ The input gradient is the forward product of dy with the transposed weight and t
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
-from ..plan import Device, Operation, Path, Plan, choose
+from .._sizes import ceil_div, next_power_of_two
+from ..plan import Operation, Path, Plan
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
 from ._tile import matrix, stack
 from .fused import fused_kernel
-from .grouped_mm import by_expert, grouped, grouped_product, place
-from .product import launch_product, product_problem, rank_block
+from .grouped_mm import by_expert, grouped, grouped_product
+from .product import launch_product, product_plan, rank_block
 
 
 def lora_forward(
@@ -49,8 +49,16 @@ def lora_forward(
         TypeError, ValueError: an operand does not fit, or the plan's path does not take it.
     """
     return _lora_product(
-        x, weight, lora, routing, Operation.LORA_FORWARD,
-        source=source, target=target, bias=bias, row_scale=row_scale, plan=plan,
+        x,
+        weight,
+        lora,
+        routing,
+        Operation.LORA_FORWARD,
+        source=source,
+        target=target,
+        bias=bias,
+        row_scale=row_scale,
+        plan=plan,
     )
 
 
@@ -75,8 +83,16 @@ def lora_input_grad(
         dx [rows, K] in `target` order, and yb = s dy B [rows, R] in expert order, not scaled by g.
     """
     return _lora_product(
-        dy, weight.mT, lora.transposed, routing, Operation.LORA_INPUT_GRAD,
-        source=source, target=target, bias=None, row_scale=row_scale, plan=plan,
+        dy,
+        weight.mT,
+        lora.transposed,
+        routing,
+        Operation.LORA_INPUT_GRAD,
+        source=source,
+        target=target,
+        bias=None,
+        row_scale=row_scale,
+        plan=plan,
     )
 
 
@@ -100,8 +116,7 @@ def _lora_product(
     check_bias(bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
-        problem = product_problem(x, weight, routing, operation, lora.rank)
-        plan = choose(problem, Device.of(x.device))
+        plan = product_plan(x, weight, routing, operation, lora.rank)
     down, up = as_operand(lora.a, x.dtype), as_operand(lora.b, x.dtype)
     call = {"source": source, "target": target, "bias": bias, "row_scale": row_scale}
     match plan.path:
@@ -141,8 +156,14 @@ def _shrink(
     if plan.shrink is None:
         raise ValueError(f"a plan on the {plan.path.value} path needs a shrink tile")
     return launch_product(
-        x, down.mT, routing, plan.shrink, plan,
-        source=source, target=RowOrder.EXPERT, scale=scaling,
+        x,
+        down.mT,
+        routing,
+        plan.shrink,
+        plan,
+        source=source,
+        target=RowOrder.EXPERT,
+        scale=scaling,
     )
 
 
@@ -162,14 +183,16 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     tile = plan.tile
     if tile.descriptor:
-        raise ValueError("the fused path loads W through pointers, but the plan asks for a tensor map")
+        raise ValueError(
+            "the fused path loads W through pointers, but the plan asks for a tensor map"
+        )
     width, rank = weight.shape[2], down.shape[1]
     y = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
     low = torch.empty((routing.rows, rank), dtype=x.dtype, device=x.device)
     if routing.rows == 0:
         return y, low
-    tiles, count = routing.tile_table(tile.block_m)
-    fused_kernel[(count * triton.cdiv(width, tile.block_n),)](
+    first_entry, count = routing.tile_range(tile.block_m)
+    fused_kernel[(count * ceil_div(width, tile.block_n),)](
         matrix(x),
         stack(weight),
         stack(down.mT),
@@ -179,7 +202,8 @@ def _fused(
         matrix(y),
         matrix(low),
         routing.slots,
-        tiles,
+        routing.tiles,
+        first_entry,
         routing.fan_out(source),
         weight.shape[1],
         width,
@@ -191,7 +215,7 @@ def _fused(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BLOCK_R=max(triton.next_power_of_2(rank), 16),
+        BLOCK_R=max(next_power_of_two(rank), 16),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

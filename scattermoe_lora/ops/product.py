@@ -1,25 +1,20 @@
 """Launcher of the routed product."""
 
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..plan import Device, Operation, Path, Plan, Problem, Tile, choose, current_precision
+from .._sizes import ceil_div, next_power_of_two
+from ..plan import Operation, Path, Plan, Tile, plan_for
 from ..routing import Routing, RowOrder
-from ..weights import LoRAWeights
 from ._check import (
+    addressable,
     check_bias,
-    check_lora,
     check_row_scale,
     check_rows,
-    check_same,
     check_target,
     check_weight,
-    addressable,
-    fits_grouped_mm,
     w_map,
 )
 from ._tile import Stack, matrix, stack
@@ -60,7 +55,7 @@ def scatter2scatter(
     check_bias(bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
-        plan = choose(product_problem(x, weight, routing), Device.of(x.device))
+        plan = product_plan(x, weight, routing, Operation.SCATTER2SCATTER)
     if plan.path is Path.GROUPED_MM:
         return grouped_product(
             x, weight, routing, source=source, target=target, bias=bias, row_scale=row_scale
@@ -68,8 +63,15 @@ def scatter2scatter(
     if plan.path is not Path.TILES:
         raise ValueError(f"scatter2scatter has no path {plan.path.value!r}")
     return launch_product(
-        x, weight, routing, plan.tile, plan,
-        source=source, target=target, bias=bias, row_scale=row_scale,
+        x,
+        weight,
+        routing,
+        plan.tile,
+        plan,
+        source=source,
+        target=target,
+        bias=bias,
+        row_scale=row_scale,
     )
 
 
@@ -96,35 +98,34 @@ def shrink(
     check_weight("factor", factor.mT, x, routing)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
-        problem = product_problem(x, factor.mT, routing, Operation.SHRINK)
-        plan = choose(problem, Device.of(x.device))
+        plan = product_plan(x, factor.mT, routing, Operation.SHRINK, factor.shape[1])
     return launch_product(
-        x, factor.mT, routing, plan.tile, plan,
-        source=source, target=RowOrder.EXPERT, row_scale=row_scale, scale=scaling,
+        x,
+        factor.mT,
+        routing,
+        plan.tile,
+        plan,
+        source=source,
+        target=RowOrder.EXPERT,
+        row_scale=row_scale,
+        scale=scaling,
     )
 
 
-def product_problem(
-    x: Tensor,
-    weight: Tensor,
-    routing: Routing,
-    operation: Operation = Operation.SCATTER2SCATTER,
-    rank: int = 0,
-) -> Problem:
-    """The facts about a product that its plan depends on."""
-    if operation is Operation.SHRINK:
-        rank = weight.shape[2]
-    return Problem(
-        operation=operation,
+def product_plan(
+    x: Tensor, weight: Tensor, routing: Routing, operation: Operation, rank: int = 0
+) -> Plan:
+    """The plan for a product of operands that were checked."""
+    return plan_for(
+        operation,
         rows=routing.rows,
         experts=routing.experts,
         k=weight.shape[1],
         n=weight.shape[2],
         rank=rank,
         dtype=x.dtype,
-        precision=current_precision(),
+        device=x.device,
         w_map=w_map(weight),
-        grouped_mm=fits_grouped_mm(x, weight),
     )
 
 
@@ -156,8 +157,8 @@ def launch_product(
     x_map = tile.x_descriptor and source is RowOrder.EXPERT and addressable(x)
     left, right = low_rank if low_rank is not None else (None, None)
     rank = 0 if right is None else right.shape[1]
-    tiles, count = routing.tile_table(tile.block_m)
-    scatter2scatter_kernel[(count * triton.cdiv(width, tile.block_n),)](
+    first_entry, count = routing.tile_range(tile.block_m)
+    scatter2scatter_kernel[(count * ceil_div(width, tile.block_n),)](
         row_operand(x, tile) if x_map else matrix(x),
         weight_operand(weight, layout, tile),
         None if bias is None else matrix(bias),
@@ -166,7 +167,8 @@ def launch_product(
         None if row_scale is None else row_scale.reshape(-1),
         matrix(y),
         routing.slots,
-        tiles,
+        routing.tiles,
+        first_entry,
         routing.fan_out(source),
         weight.shape[1],
         width,
@@ -190,7 +192,7 @@ def launch_product(
 
 def rank_block(rank: int) -> int:
     """Ranks per step of the low-rank term: a power of two of at least 16 and at most 64."""
-    return min(max(triton.next_power_of_2(max(rank, 1)), 16), 64)
+    return min(max(next_power_of_two(max(rank, 1)), 16), 64)
 
 
 def weight_operand(weight: Tensor, layout: str, tile: Tile) -> Stack | TensorDescriptor:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div, next_power_of_two
 from ..plan import Plan
 from ..routing import Routing, RowOrder
 from ._tile import matrix, stack
@@ -95,7 +96,7 @@ def launch_recompute(
     """Fill out [experts, P, rank] from operands that were checked; factor is [experts, Z, rank]."""
     tile = plan.tile
     rank = factor.shape[2]
-    recompute_kernel[(routing.experts * triton.cdiv(out.shape[1], tile.block_k),)](
+    recompute_kernel[(routing.experts * ceil_div(out.shape[1], tile.block_k),)](
         matrix(p),
         matrix(z),
         stack(factor),
@@ -115,7 +116,7 @@ def launch_recompute(
         BLOCK_M=tile.block_m,
         BLOCK_P=tile.block_k,
         BLOCK_Z=64,
-        BLOCK_R=max(triton.next_power_of_2(rank), 16),
+        BLOCK_R=max(next_power_of_two(rank), 16),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

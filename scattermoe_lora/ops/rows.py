@@ -1,8 +1,8 @@
 """Moving rows: gather into expert order, and the gated sum over the choices of a token with its gradient.
 
-    group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones zero
-    combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no atomics
-    combine_grad  dg[t, j] = <y[t k + j], dout[t]>
+group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones zero
+combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no atomics
+combine_grad  dg[t, j] = <y[t k + j], dout[t]>
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
 from ._tile import matrix
@@ -34,7 +35,7 @@ def group(
     out = torch.empty((routing.rows, x.shape[1]), dtype=x.dtype, device=x.device)
     if out.numel():
         block_n = _columns(x.shape[1])
-        group_kernel[(routing.rows, triton.cdiv(x.shape[1], block_n))](
+        group_kernel[(routing.rows, ceil_div(x.shape[1], block_n))](
             matrix(x),
             None if row_scale is None else row_scale.reshape(-1),
             matrix(out),
@@ -80,7 +81,7 @@ def combine(y: Tensor, routing: Routing, *, gates: Tensor | None = None) -> Tens
     out = torch.empty((routing.tokens, y.shape[1]), dtype=y.dtype, device=y.device)
     if out.numel():
         block_n = _columns(y.shape[1])
-        combine_kernel[(routing.tokens, triton.cdiv(y.shape[1], block_n))](
+        combine_kernel[(routing.tokens, ceil_div(y.shape[1], block_n))](
             matrix(y),
             None if gates is None else gates.reshape(-1),
             matrix(out),
@@ -147,4 +148,4 @@ def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
 
 
 def _columns(width: int) -> int:
-    return min(max(triton.next_power_of_2(width), 64), 2048)
+    return min(max(next_power_of_two(width), 64), 2048)

@@ -14,7 +14,7 @@ import triton.language as tl
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit(do_not_specialize=["first_entry", "scale"])
 def scatter2scatter_kernel(
     x,
     w,
@@ -25,6 +25,7 @@ def scatter2scatter_kernel(
     y,
     slots,
     tiles,
+    first_entry,
     fan_out,
     K,
     N,
@@ -46,7 +47,7 @@ def scatter2scatter_kernel(
     X_DESCRIPTOR: x is a tensor map [rows, K], in expert order; rows past the expert's end are its
     neighbour's and are not stored. W_DESCRIPTOR: "" pointers, "kn" or "nk" a tensor map [E, ., .].
     """
-    expert, row, end, column_block = locate(tiles, N, BLOCK_M, BLOCK_N)
+    expert, row, end, column_block = locate(tiles, first_entry, N, BLOCK_M, BLOCK_N)
     if expert == UNUSED:
         return
     n_start = column_block * BLOCK_N

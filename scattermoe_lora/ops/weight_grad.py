@@ -1,7 +1,7 @@
 """Weight gradients of routed products, one owner per output tile.
 
-    dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum of dY^T (s X A^T)
-    dW[e] = sum over rows of X^T dY            db[e] = sum of dY
+dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum of dY^T (s X A^T)
+dW[e] = sum over rows of X^T dY            db[e] = sum of dY
 """
 
 import torch
@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..plan import Device, Operation, Path, Plan, Problem, choose, current_precision
+from .._sizes import ceil_div
+from ..plan import Operation, Path, Plan, plan_for
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
 from ._tile import Matrix, matrix
-from .gram import empty_like_factor, launch_gram
+from .gram import launch_gram
 from .grouped_mm import by_expert, grouped_gram
 from .lora import as_operand
 from .recompute import launch_recompute
@@ -53,17 +54,33 @@ def lora_weight_grad(
     check_lora(lora, routing, x.shape[1], dy.shape[1], x)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
-        problem = weight_grad_problem(x, x.shape[1], dy.shape[1], routing, lora.rank)
-        plan = choose(problem, Device.of(x.device))
-    da, db = empty_like_factor(lora.a), empty_like_factor(lora.b)
+        plan = weight_grad_plan(x, dy, routing, lora.rank)
+    da = torch.empty(lora.a.shape, dtype=lora.a.dtype, device=x.device)
+    db = torch.empty(lora.b.shape, dtype=lora.b.dtype, device=x.device)
     if plan.path is Path.RECOMPUTE:
         launch_recompute(
-            x, dy, as_operand(lora.b, x.dtype), da.mT, routing, plan,
-            scaling=lora.scaling, p_order=x_order, z_order=dy_order, row_scale=row_scale,
+            x,
+            dy,
+            as_operand(lora.b, x.dtype),
+            da.mT,
+            routing,
+            plan,
+            scaling=lora.scaling,
+            p_order=x_order,
+            z_order=dy_order,
+            row_scale=row_scale,
         )
         launch_recompute(
-            dy, x, as_operand(lora.a, x.dtype).mT, db, routing, plan,
-            scaling=lora.scaling, p_order=dy_order, z_order=x_order, row_scale=row_scale,
+            dy,
+            x,
+            as_operand(lora.a, x.dtype).mT,
+            db,
+            routing,
+            plan,
+            scaling=lora.scaling,
+            p_order=dy_order,
+            z_order=x_order,
+            row_scale=row_scale,
         )
         return da, db
     for name, low in (("xa", xa), ("yb", yb)):
@@ -72,11 +89,15 @@ def lora_weight_grad(
         check_rows(name, low, routing, RowOrder.EXPERT)
         check_same(name, low, "x", x)
         if low.shape[1] != lora.rank:
-            raise ValueError(f"{name} has width {low.shape[1]} but the adapter has rank {lora.rank}")
+            raise ValueError(
+                f"{name} has width {low.shape[1]} but the adapter has rank {lora.rank}"
+            )
     if plan.path is Path.GRAM:
-        low_order = {"q_order": RowOrder.EXPERT, "row_scale": row_scale}
-        launch_gram(x, yb, da.mT, routing, plan, p_order=x_order, **low_order)
-        launch_gram(dy, xa, db, routing, plan, p_order=dy_order, **low_order)
+        products = (
+            (x, x_order, yb, RowOrder.EXPERT, da.mT),
+            (dy, dy_order, xa, RowOrder.EXPERT, db),
+        )
+        launch_gram(products, routing, plan, row_scale=row_scale)
         return da, db
     if plan.path is Path.GROUPED_MM:
         if row_scale is not None:
@@ -110,8 +131,7 @@ def expert_weight_grad(
     check_same("dy", dy, "x", x)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
-        problem = weight_grad_problem(x, x.shape[1], dy.shape[1], routing, 0)
-        plan = choose(problem, Device.of(x.device))
+        plan = weight_grad_plan(x, dy, routing, 0)
     if plan.path is Path.GROUPED_MM:
         rows = by_expert(dy, routing, dy_order)
         if row_scale is not None:
@@ -120,26 +140,22 @@ def expert_weight_grad(
         return grouped_gram(by_expert(x, routing, x_order), rows, routing)
     if plan.path is not Path.GRAM:
         raise ValueError(f"expert_weight_grad has no path {plan.path.value!r}")
-    out = torch.empty(
-        (routing.experts, x.shape[1], dy.shape[1]), dtype=x.dtype, device=x.device
-    )
-    return launch_gram(
-        x, dy, out, routing, plan, p_order=x_order, q_order=dy_order, row_scale=row_scale
-    )
+    out = torch.empty((routing.experts, x.shape[1], dy.shape[1]), dtype=x.dtype, device=x.device)
+    launch_gram(((x, x_order, dy, dy_order, out),), routing, plan, row_scale=row_scale)
+    return out
 
 
-def weight_grad_problem(x: Tensor, k: int, n: int, routing: Routing, rank: int) -> Problem:
-    """The facts about a weight gradient that its plan depends on; rank 0 is the full gradient dW."""
-    return Problem(
-        operation=Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD,
+def weight_grad_plan(x: Tensor, dy: Tensor, routing: Routing, rank: int) -> Plan:
+    """The plan for a weight gradient; rank 0 is the full gradient dW."""
+    return plan_for(
+        Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD,
         rows=routing.rows,
         experts=routing.experts,
-        k=k,
-        n=n,
+        k=x.shape[1],
+        n=dy.shape[1],
         rank=rank,
         dtype=x.dtype,
-        precision=current_precision(),
-        grouped_mm=x.dtype == torch.bfloat16 and x.device.type == "cuda",
+        device=x.device,
     )
 
 
@@ -156,7 +172,7 @@ def expert_bias_grad(
     width = dy.shape[1]
     out = torch.empty((routing.experts, width), dtype=torch.float32, device=dy.device)
     block_n = 128
-    expert_bias_grad_kernel[(routing.experts, triton.cdiv(width, block_n))](
+    expert_bias_grad_kernel[(routing.experts, ceil_div(width, block_n))](
         matrix(dy),
         None if row_scale is None else row_scale.reshape(-1),
         matrix(out),

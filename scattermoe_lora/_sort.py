@@ -1,0 +1,125 @@
+"""Stable counting sort of the chosen experts, in two launches and without a host sync.
+
+    count  counts[c, e] = slots of chunk c that chose expert e
+    place  row of a slot = rows of smaller experts + slots of e in earlier chunks + rank in its chunk
+
+Ids outside [0, experts) count as group `experts`. The second launch also writes the expert offsets
+and the row-tile tables.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._interpreter import require_supported
+from ._row_tiles import group_bins, row_tile_entries, write_group_tiles
+from ._sizes import ceil_div
+
+
+class Sorted(NamedTuple):
+    """Rows in expert order; the tensors of a Routing."""
+
+    slots: Tensor
+    expert_of_row: Tensor
+    offsets: Tensor
+    tiles: Tensor
+
+
+def sort_by_expert(ids: Tensor, experts: int) -> Sorted:
+    """Sort ids (integer [rows], contiguous) stably by expert."""
+    rows = ids.numel()
+    chunk = 256 if rows <= 2**16 else 1024
+    chunks = ceil_div(rows, chunk)
+    bins = group_bins(experts)
+    entries = row_tile_entries(rows, experts)
+    slots = torch.empty(rows, dtype=torch.int64, device=ids.device)
+    sizes = [rows, experts + 1, 4 * entries, chunks * bins]
+    buffer = torch.empty(sum(sizes) + 16, dtype=torch.int32, device=ids.device)
+    expert_of_row = buffer[:rows]
+    offsets = buffer[rows : rows + experts + 1]
+    start = ceil_div(rows + experts + 1, 4) * 4
+    tiles = buffer[start : start + 4 * entries].view(entries, 4)
+    counts = buffer[start + 4 * entries :]
+    if rows == 0:
+        return Sorted(slots, expert_of_row, offsets.zero_(), tiles)
+    require_supported(torch.int32, ids.device)
+    count_kernel[(chunks,)](ids, counts, rows, experts, BINS=bins, CHUNK=chunk, num_warps=4)
+    place_kernel[(chunks + experts + 2,)](
+        ids,
+        counts,
+        slots,
+        expert_of_row,
+        offsets,
+        tiles,
+        rows,
+        experts,
+        chunks,
+        BINS=bins,
+        CHUNK=chunk,
+        num_warps=4,
+    )
+    return Sorted(slots, expert_of_row, offsets, tiles)
+
+
+@triton.jit
+def load_keys(ids, start, rows, experts, CHUNK: tl.constexpr):
+    """Keys of a chunk of slots: the expert, `experts` for dropped ones, experts + 1 past the end."""
+    slot = start + tl.arange(0, CHUNK)
+    chosen = tl.load(ids + slot, mask=slot < rows, other=0)
+    valid = (chosen >= 0) & (chosen < experts)
+    key = tl.where(valid, chosen, experts).to(tl.int32)
+    return tl.where(slot < rows, key, experts + 1)
+
+
+@triton.jit(do_not_specialize=["rows", "experts"])
+def count_kernel(ids, counts, rows, experts, BINS: tl.constexpr, CHUNK: tl.constexpr):
+    """The counts of one chunk."""
+    chunk = tl.program_id(0)
+    keys = load_keys(ids, chunk * CHUNK, rows, experts, CHUNK)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(keys, BINS))
+
+
+@triton.jit(do_not_specialize=["rows", "experts", "chunks"])
+def place_kernel(
+    ids,
+    counts,
+    slots,
+    expert_of_row,
+    offsets,
+    tiles,
+    rows,
+    experts,
+    chunks,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Programs below `chunks` place a chunk of slots; the others write the tiles of one group."""
+    program = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    sizes = tl.zeros((BINS,), tl.int32)
+    earlier = tl.zeros((BINS,), tl.int32)
+    for start in range(0, chunks, 8):
+        chunk = start + tl.arange(0, 8)
+        inside = (chunk < chunks)[:, None] & (bins <= experts)[None, :]
+        part = tl.load(counts + chunk[:, None] * BINS + bins[None, :], mask=inside, other=0)
+        sizes += tl.sum(part, axis=0)
+        earlier += tl.sum(tl.where((chunk < program)[:, None], part, 0), axis=0)
+    begin = tl.cumsum(sizes, axis=0) - sizes
+    if program < chunks:
+        keys = load_keys(ids, program * CHUNK, rows, experts, CHUNK)
+        here = tl.histogram(keys, BINS)
+        rank_zero = tl.cumsum(here, axis=0) - here
+        order = tl.sort(keys * CHUNK + tl.arange(0, CHUNK))
+        key = order // CHUNK
+        row = tl.gather(begin + earlier - rank_zero, key, 0) + tl.arange(0, CHUNK)
+        stored = key <= experts
+        tl.store(slots + row, (program * CHUNK + order % CHUNK).to(tl.int64), mask=stored)
+        tl.store(expert_of_row + row, key, mask=stored)
+    else:
+        group = program - chunks
+        if group == 0:
+            tl.store(offsets + bins, begin, mask=bins <= experts)
+        write_group_tiles(tiles, sizes, group, rows, experts, BINS)
