@@ -3,8 +3,8 @@
 Every error is divided by the limit that the arithmetic of a correct kernel implies, so that one number serves
 every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance, `Expected.model`):
 
-    whole, expert, row   ||error|| / sqrt(sum of variances) <= 1.25 + 8 / sqrt(n) over n elements, where shared
-                         errors from fewer than FEW_SOURCES roundings count with the worst case, 3
+    whole, expert, row   ||error|| / sqrt(sum of variances) <= 1.25 + 8 / sqrt(n) over n elements; shared errors
+                         with few degrees of freedom may vary as much as a chi-square of as many
     element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
     slope                the factor fitted to each term is 1 within 6 of its standard deviations
     exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0, exact mode
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from .expected import Expected
-from .numerics import FEW_SOURCES
 
 WORST = 1e9
 """The ratio of an error that no limit allows."""
 
 _WHOLE = 1.5
 _GROUP, _GROUP_SPREAD = 1.25, 8.0
-_FEW = 3.0
+_RARE = 16.0  # a chi-square exceeds its limit with probability exp(-16)
+_UNIFORM = 3.0  # largest square of a rounding error over its variance
 _LEAST_ELEMENTS = 32
 _ELEMENT = 16.0
 _SLOPE = 6.0
@@ -177,11 +177,16 @@ class _Errors:
             ratios=ratios,
         )
 
-    def _limits(self, count: Tensor, independent: Tensor, shared: Tensor, sources: Tensor) -> Tensor:
-        """Largest allowed sum of squared errors of groups of `count` elements."""
+    def _limits(self, count: Tensor, energy: Tensor, freedom: Tensor, sources: Tensor) -> Tensor:
+        """Largest allowed sum of squared errors of groups: `energy` [2, groups], independent and shared.
+
+        Shared errors: the bound of Laurent and Massart on a chi-square, or, if lower, every one of the
+        `sources` roundings as large as it can be and all of them parallel.
+        """
         limit = (_GROUP + _GROUP_SPREAD / count.double().sqrt()).square()
-        few = torch.where(sources < FEW_SOURCES, limit.clamp_min(_FEW**2), limit)
-        return independent * limit + shared * few
+        chi_square = 1 + 2 * (_RARE / freedom).sqrt() + 2 * _RARE / freedom
+        together = torch.maximum(limit, torch.minimum(chi_square, _UNIFORM * sources))
+        return energy[0] * limit + energy[1] * together
 
     def _group(self, measure: str, owner: Tensor, groups: int, *, floor: float = 0.0) -> Comparison:
         """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
@@ -193,10 +198,18 @@ class _Errors:
 
         count = total(torch.full(owner.shape, length, device=owner.device))
         squares = total(self.error.square().sum(1))
-        independent, shared = total(self.independent.sum(1)), total(self.shared.sum(1))
+        shared = self.shared.sum(1)
+        energy = torch.stack([total(self.independent.sum(1)), total(shared)])
         sources = total(self.expected.sources.reshape(-1))
-        limit = self._limits(count.clamp_min(1), independent, shared, sources)
-        limit = torch.maximum(limit, floor**2 * (independent + shared))
+        given = self.expected.freedom
+        own = (self.expected.sources if given is None else given).reshape(-1).double().clamp_min(1)
+        if self.expected.coupled == "expert":
+            fluctuation = total(shared / own.sqrt()).square()
+        else:
+            fluctuation = total(shared.square() / own)
+        freedom = (energy[1].square() / fluctuation.clamp_min(1e-300)).clamp_min(1.0)
+        limit = self._limits(count.clamp_min(1), energy, freedom, sources.clamp_min(1))
+        limit = torch.maximum(limit, floor**2 * energy.sum(0))
         ratios = _over(squares, limit)
         ratios = torch.where(count >= _LEAST_ELEMENTS, ratios, torch.zeros_like(ratios))
         worst = int(ratios.argmax())

@@ -19,7 +19,8 @@ class Expected:
     value: fp64, in the shape of the output. model: same shape, its variances. dtype: of the output.
     expert: int64, the owner of each vector (any shape that flattens to the number of vectors), `experts` for
     vectors that belong to none. sources: per vector, how many independently rounded operand elements its
-    shared error comes from. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
+    shared error comes from. freedom: per vector, the degrees of freedom of the norm of its shared error, `sources`
+    unless stated. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
     is the sum of, each judged by its fitted slope. coupled: whether shared errors are common to one vector or
     to all vectors of an expert.
     """
@@ -30,6 +31,7 @@ class Expected:
     expert: Tensor
     sources: Tensor
     zero: Tensor
+    freedom: Tensor | None = None
     vector_dim: int = -1
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     coupled: Literal["vector", "expert"] = "vector"

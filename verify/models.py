@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .numerics import Uncertain, column_sums, gram, routed_product
+from .numerics import Uncertain, column_sums, freedom, gram, routed_product
 from .references import Groups
 
 
@@ -124,6 +124,21 @@ class Linear:
             raise ValueError("this product has no terms")
         return result.rounded(self.dtype)
 
+    def freedom(self) -> Tensor:
+        """Degrees of freedom of the rounding of t in each row of the output: [kept]."""
+        if self.up is None:
+            return self.x.value.new_full((self.x.value.shape[0],), torch.inf, dtype=torch.float64)
+        if self.gates is not None and self.arithmetic.rounds is Rounds.PER_STEP:
+            return self.x.value.new_ones(self.x.value.shape[0], dtype=torch.float64)
+        variance = self.low_rank().local
+        if variance.ndim == 0:
+            variance = variance.expand(self.x.value.shape[0], self.up.value.shape[1])
+        parts = [
+            freedom(variance[rows], self.up.value[expert].double())
+            for expert, rows in enumerate(self.groups.slices)
+        ]
+        return torch.cat(parts)
+
     def _gated(self, y: Uncertain) -> Uncertain:
         if self.gates is None:
             return y
@@ -137,22 +152,32 @@ class Linear:
 
 def weight_gradients(
     inputs: Inputs, groups: Groups, arithmetic: Arithmetic
-) -> tuple[Uncertain, Uncertain]:
-    """dA [E, R, K] = (g yb)^T x and dB [E, N, R] = dy^T (g t) over the rows of each expert.
+) -> dict[str, tuple[Uncertain, Tensor]]:
+    """da [E, R, K] = (g yb)^T x and db [E, N, R] = dy^T (g t) over the rows of each expert.
 
-    t and yb are rounded to the activations' type, as operands or in memory; with gates once more, after g.
+    With each the degrees of freedom of its shared error, [E, R]. t and yb are rounded to the activations'
+    type, as operands or in memory; with gates once more, after g.
     """
-    forward = Linear.forward(inputs, groups, replace(arithmetic, rounds=Rounds.ONCE))
-    backward = Linear.input_grad(inputs, groups, replace(arithmetic, rounds=Rounds.ONCE))
-
-    def product(left: Uncertain, right: Uncertain) -> Uncertain:
-        return _gram(left, right, groups, tf32=arithmetic.tf32)
-
-    da = product(_gated_rows(inputs, groups, backward.low_rank()), forward.x)
-    db = product(backward.x, _gated_rows(inputs, groups, forward.low_rank()))
+    once = replace(arithmetic, rounds=Rounds.ONCE)
+    forward = Linear.forward(inputs, groups, once)
+    backward = Linear.input_grad(inputs, groups, once)
+    yb = _gated_rows(inputs, groups, backward.low_rank())
+    t = _gated_rows(inputs, groups, forward.low_rank())
+    da = _gram(yb, forward.x, groups, tf32=arithmetic.tf32)
+    db = _gram(backward.x, t, groups, tf32=arithmetic.tf32)
     if arithmetic.rounds is Rounds.PER_STEP:
         da, db = da.rounded(inputs.dtype), db.rounded(inputs.dtype)
-    return da.rounded(inputs.lora_dtype), db.rounded(inputs.lora_dtype)
+    return {
+        "da": (da.rounded(inputs.lora_dtype), _gram_freedom(yb, forward.x, groups)),
+        "db": (db.rounded(inputs.lora_dtype), _gram_freedom(t, backward.x, groups)),
+    }
+
+
+def _gram_freedom(rounded: Uncertain, exact: Uncertain, groups: Groups) -> Tensor:
+    """Degrees of freedom of each line of rounded^T exact: [E, R]."""
+    variance = rounded.variance.expand_as(rounded.value)
+    parts = [freedom(variance[rows].mT, exact.value[rows].double()) for rows in groups.slices]
+    return torch.stack(parts)
 
 
 def expert_weight_gradient(inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> Uncertain:

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEW_SOURCES = 8
-"""Below this many independent sources, shared rounding errors do not average out."""
-
 _TF32_DROPPED_BITS = 13
 
 
@@ -170,6 +167,17 @@ def column_sums(x: Uncertain, groups: Sequence[slice]) -> Uncertain:
     """Sum of the rows of every expert, accumulated in fp32: [experts, n] from [rows, n]."""
     ones = Uncertain.exact(x.value.new_ones((x.value.shape[0], 1)))
     return gram(ones, x, groups)[:, 0]
+
+
+def freedom(variance: Tensor, right: Tensor) -> Tensor:
+    """Degrees of freedom of ||sum_k d[i, k] right[k]||^2 for independent d of these variances: [m].
+
+    variance [m, k], right [k, n]. It is k for orthogonal lines of `right` and 1 for parallel ones: then all
+    errors push the whole vector one way, and its norm varies as much as a single number.
+    """
+    gram_square = (right @ right.mT).square()
+    energy = variance @ gram_square.diagonal().sqrt()
+    return energy.square() / ((variance @ gram_square) * variance).sum(-1).clamp_min(1e-300)
 
 
 def summed(x: Uncertain, dim: int) -> Uncertain:

@@ -141,21 +141,25 @@ def row_expected(
     truth: Tensor | None = None,
     terms: Mapping[str, Tensor] | None = None,
     sources: int | None = None,
+    freedom: Tensor | None = None,
 ) -> Expected:
     """An output with one row per routed row, of which `model` holds the kept ones in expert order.
 
     truth, terms: [rows, .] in `target` order; without a truth the value is the model's (tf32 operands).
-    sources: rounded operand elements behind one row, the rank unless stated.
+    sources: rounded operand elements behind one row, the rank unless stated. freedom: [kept], of their effect
+    on a row; as many as sources unless stated.
     """
     placed = model.rearranged(lambda part: groups.spread(part, target))
     labels = groups.labels(target)
     rounded_adapter = inputs.lora_dtype != inputs.dtype
+    count = torch.full_like(labels, inputs.case.rank if sources is None else sources)
     return Expected(
         value=placed.value if truth is None else truth,
         model=placed,
         dtype=inputs.dtype,
         expert=labels,
-        sources=torch.full_like(labels, inputs.case.rank if sources is None else sources),
+        sources=count,
+        freedom=count.double() if freedom is None else groups.spread(freedom, target),
         zero=labels == groups.experts,
         terms=terms or {},
         coupled="expert" if rounded_adapter else "vector",
@@ -170,7 +174,7 @@ def expert_expected(
     truth: Tensor | None = None,
     vector_dim: int = -1,
     terms: Mapping[str, Tensor] | None = None,
-    coupled: str = "vector",
+    freedom: Tensor | None = None,
 ) -> Expected:
     """A gradient [experts, ...] whose vectors are summed over the rows of their expert."""
     value = model.value if truth is None else truth
@@ -183,10 +187,10 @@ def expert_expected(
         dtype=dtype,
         expert=experts,
         sources=counts,
+        freedom=counts.double() if freedom is None else freedom.reshape(-1),
         zero=counts == 0,
         vector_dim=vector_dim,
         terms=terms or {},
-        coupled=coupled,
     )
 
 

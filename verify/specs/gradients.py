@@ -118,14 +118,20 @@ def _truth(inputs: Inputs, *names: str) -> dict[str, Tensor]:
 
 def _reference_lora_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     groups = groups_of(inputs)
-    da, db = weight_gradients(inputs, groups, how)
     truth: dict[str, Tensor] = {} if how.tf32 else _truth(inputs, "lora_a", "lora_b")
-    a, b = truth.get("lora_a", da.value), truth.get("lora_b", db.value)
-    dtype = inputs.lora_dtype
-    return {
-        "da": expert_expected(groups, da, dtype, truth=a, terms={"lora": a}),
-        "db": expert_expected(groups, db, dtype, truth=b, terms={"lora": b}, vector_dim=-2),
-    }
+    expected = {}
+    for name, (model, freedom) in weight_gradients(inputs, groups, how).items():
+        value = truth.get(f"lora_{name[1]}", model.value)
+        expected[name] = expert_expected(
+            groups,
+            model,
+            inputs.lora_dtype,
+            truth=value,
+            terms={"lora": value},
+            vector_dim=-1 if name == "da" else -2,
+            freedom=freedom,
+        )
+    return expected
 
 
 def _reference_expert_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:

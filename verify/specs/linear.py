@@ -131,7 +131,15 @@ def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected
     groups, terms = groups_of(inputs), _forward_terms(inputs, *TERMS)
     model = Linear.forward(inputs, groups, how)
     truth = None if how.tf32 else _total(terms)
-    y = row_expected(inputs, groups, model.output(), inputs.case.target, truth=truth, terms=terms)
+    y = row_expected(
+        inputs,
+        groups,
+        model.output(),
+        inputs.case.target,
+        truth=truth,
+        terms=terms,
+        freedom=model.freedom(),
+    )
     return {"y": y, "t": _low_rank(inputs, model, None)}
 
 
@@ -150,7 +158,15 @@ def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expec
     }
     model = Linear.input_grad(inputs, groups, how)
     truth = None if how.tf32 else _total(terms)
-    dx = row_expected(inputs, groups, model.output(), case.dx_order, truth=truth, terms=terms)
+    dx = row_expected(
+        inputs,
+        groups,
+        model.output(),
+        case.dx_order,
+        truth=truth,
+        terms=terms,
+        freedom=model.freedom(),
+    )
     return {"dx": dx, "yb": _low_rank(inputs, model, None)}
 
 

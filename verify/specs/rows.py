@@ -74,12 +74,14 @@ def _reference_group(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
 def _token_expected(inputs: Inputs, model: Uncertain, dtype: torch.dtype) -> Expected:
     """An output with one vector per token, which belongs to no expert."""
     owner = torch.zeros(inputs.case.tokens, dtype=torch.int64, device=inputs.device)
+    sources = torch.full_like(owner, inputs.case.n_out)
     return Expected(
         value=model.value,
         model=model,
         dtype=dtype,
         expert=owner,
-        sources=torch.full_like(owner, inputs.case.n_out),
+        sources=sources,
+        freedom=sources.double(),
         zero=torch.zeros_like(owner, dtype=torch.bool),
         terms={"sum": model.value},
     )

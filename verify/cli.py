@@ -1,0 +1,36 @@
+"""The command line: `python -m verify [command] ...`; without a command it is `check`.
+
+A command is a module `verify.commands.<name>` with `HELP`, `add_arguments(parser)` and `main(arguments) -> int`.
+Modules are imported when their command is run: what imports Triton waits until the device is chosen.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, str] = {
+    "check": "every kernel and path against its reference (the default)",
+}
+DEFAULT = "check"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words.insert(0, DEFAULT)
+    parser = argparse.ArgumentParser(prog="python -m verify", description=__doc__.split("\n")[0])
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if words[0] == name:
+            command = importlib.import_module(f"{__package__}.commands.{name}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.main)
+    parsed = parser.parse_args(words)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130

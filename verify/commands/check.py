@@ -1,0 +1,95 @@
+"""Every kernel, path, case and dtype against the truth."""
+
+import argparse
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .common import (
+    add_common,
+    add_selection,
+    check_names,
+    package,
+    prepare,
+    source_directory,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    add_selection(parser)
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--quick", action="store_true", help="small cases, each in one dtype (default on a CPU)"
+    )
+    depth.add_argument(
+        "--full", action="store_true", help="every plan, case and dtype (default on a GPU)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the checks; 1 if any failed or could not be done."""
+    device = prepare(arguments.device)
+    from ..environment import environment
+    from ..inputs import DTYPES, MODES
+    from ..records import Recorder, fingerprints
+    from ..report import print_report
+    from ..run import Selection
+    from ..specs import KERNELS
+
+    lib = package()
+    cases = [case for spec in KERNELS for case in spec.cases]
+    check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
+    names = [case.name for case in cases] + sorted({tag for case in cases for tag in case.tags})
+    check_names("cases", arguments.cases, names)
+    check_names("dtypes", arguments.dtypes, DTYPES)
+    check_names("modes", arguments.modes, MODES)
+    quick = arguments.quick or (device.type == "cpu" and not arguments.full)
+    selection = Selection(
+        kernels=arguments.kernels,
+        paths=arguments.paths,
+        cases=arguments.cases,
+        dtypes=arguments.dtypes,
+        modes=arguments.modes,
+        quick=quick,
+        seed=arguments.seed,
+    )
+    problems = selection.problems(lib, KERNELS, device)
+    recorder = Recorder(
+        arguments.json,
+        command="check",
+        environment=environment(device),
+        seed=arguments.seed,
+        fingerprint=fingerprints(source_directory(), KERNELS),
+    )
+    if device.type == "cpu":
+        # The interpreter's arrays are small: threads only cost.
+        torch.set_num_threads(1)
+    console, start = Console(stderr=True), time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    complete = False
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("checking", total=len(problems))
+            for problem in problems:
+                progress.update(task, description=f"{problem.spec.name} {problem.case.name}")
+                for outcome in problem.check(selection.wants):
+                    recorder.add(outcome)
+                    if not outcome.ok:
+                        progress.console.print(str(outcome), style="red", markup=False)
+                progress.advance(task)
+        complete = True
+    finally:
+        recorder.write(complete=complete)
+    print_report(Console(), recorder.outcomes, seconds=time.monotonic() - start)
+    if not recorder.outcomes:
+        raise SystemExit("nothing was selected")
+    return int(any(not outcome.ok for outcome in recorder.outcomes))

@@ -1,0 +1,68 @@
+"""Options that several commands share, and the choice of what to check."""
+
+import argparse
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..environment import prepare_interpreter
+
+PACKAGE = "scattermoe_lora"
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """--json, --device, --seed."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    parser.add_argument("--device", help="cpu or cuda; a GPU if there is one, unless stated")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """--kernels, --paths, --cases, --dtypes, --modes."""
+    for option, meaning in (
+        ("kernels", "names of kernels"),
+        ("paths", "dispatch paths"),
+        ("cases", "names of cases, or tags: smoke, edge, model, bench"),
+        ("dtypes", "float32, float16, bfloat16"),
+        ("modes", "balanced, lora-only, exact"),
+    ):
+        parser.add_argument(f"--{option}", type=_words, default=(), metavar="A,B", help=meaning)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def prepare(device: str | None) -> torch.device:
+    """Choose the device, before Triton is imported."""
+    return torch.device(prepare_interpreter(device) if device in (None, "cpu") else _cuda(device))
+
+
+def _cuda(device: str) -> str:
+    prepare_interpreter(device)
+    return device
+
+
+def package() -> ModuleType:
+    """The package under test."""
+    return importlib.import_module(PACKAGE)
+
+
+def source_directory() -> Path:
+    """Where its sources are."""
+    return Path(package().__path__[0])
+
+
+def check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that select nothing.
+
+    Raises:
+        SystemExit: a name is unknown; the message lists the known ones.
+    """
+    known = list(dict.fromkeys(known))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"--{option}: {', '.join(unknown)} is none of {', '.join(known)}")

@@ -1,0 +1,143 @@
+"""Records: what a command found, on which machine, of which sources, as one JSON file.
+
+Keys common to all: schema, command, environment, seed, started, seconds, fingerprint, summary. A record is
+written whole each time, through a temporary file, so that an interrupted run leaves a readable one with
+summary.complete false.
+"""
+
+import ast
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .run import Outcome
+from .spec import KernelSpec
+
+SCHEMA = 1
+_INTERVAL = 10.0
+
+
+class Recorder:
+    """Collects what a command finds and keeps its file up to date; `path` None keeps it in memory."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        command: str,
+        environment: dict[str, Any],
+        seed: int,
+        fingerprint: dict[str, str],
+    ) -> None:
+        self.outcomes: list[Outcome] = []
+        self._path = path
+        self._start = time.monotonic()
+        self._written = self._start
+        self._head = {
+            "schema": SCHEMA,
+            "command": command,
+            "environment": environment,
+            "seed": seed,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprint": fingerprint,
+        }
+
+    def add(self, outcome: Outcome) -> None:
+        """Keep an outcome; writes the file now and then."""
+        self.outcomes.append(outcome)
+        if time.monotonic() - self._written > _INTERVAL:
+            self.write(complete=False)
+
+    def record(self, *, complete: bool) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        seconds = round(time.monotonic() - self._start, 3)
+        summary = {**summary_of(self.outcomes), "seconds": seconds, "complete": complete}
+        outcomes = [outcome.as_json() for outcome in self.outcomes]
+        return {**self._head, "seconds": seconds, "summary": summary, "outcomes": outcomes}
+
+    def write(self, *, complete: bool) -> None:
+        """Write the file, if there is one."""
+        self._written = time.monotonic()
+        if self._path is not None:
+            write_json(self._path, self.record(complete=complete))
+
+
+def summary_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """How many outcomes of each status."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    return {
+        "passed": counts["passed"],
+        "failed": counts["failed"],
+        "errors": counts["error"],
+        "unavailable": counts["unavailable"],
+        "total": counts.total(),
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON through a temporary file beside `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def fingerprints(package: Path, kernels: Iterable[KernelSpec]) -> dict[str, str]:
+    """Kernel -> hash of the code that it runs: its module and all that this imports from the package.
+
+    Comments, docstrings and formatting do not count.
+    """
+    return {spec.name: fingerprint(package, spec.source) for spec in kernels}
+
+
+def fingerprint(package: Path, source: str) -> str:
+    """Hash of one module of the package (path relative to it) and its imports."""
+    waiting, digests = [package / source], {}
+    while waiting:
+        path = waiting.pop()
+        name = path.relative_to(package).as_posix()
+        if name in digests:
+            continue
+        tree = ast.parse(path.read_text())
+        waiting.extend(_imports(package, path, tree))
+        text = ast.dump(_without_docstrings(tree))
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    joined = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+def _imports(package: Path, path: Path, tree: ast.Module) -> Iterable[Path]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        base = path.parent
+        for _ in range(node.level - 1):
+            base = base.parent
+        module = base.joinpath(*(node.module or "").split(".")) if node.module else base
+        for found in (module, *(module / alias.name for alias in node.names)):
+            for file in (found.with_suffix(".py"), found / "__init__.py"):
+                if file.is_file() and file.is_relative_to(package) and file.parent != package.parent:
+                    yield file
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list):
+            continue
+        kept = [
+            item
+            for item in body
+            if not (
+                isinstance(item, ast.Expr)
+                and isinstance(item.value, ast.Constant)
+                and isinstance(item.value.value, str)
+            )
+        ]
+        node.body = kept  # type: ignore[attr-defined]
+    return tree

@@ -1,0 +1,61 @@
+"""Outcomes as text: one table, and one line per failure that a person can act on."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .run import Outcome
+
+_STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "unavailable": "dim"}
+
+
+def results_table(outcomes: Sequence[Outcome]) -> Table:
+    """Kernel x path by dtype: the worst ratio of error to limit, and how many checks."""
+    dtypes = list(dict.fromkeys(outcome.dtype for outcome in outcomes))
+    table = Table(title="worst error over its limit (1 is the limit)", title_justify="left")
+    table.add_column("kernel")
+    table.add_column("path")
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    table.add_column("checks", justify="right")
+    rows = dict.fromkeys((outcome.kernel, outcome.path) for outcome in outcomes if outcome.path)
+    for kernel, path in rows:
+        mine = [o for o in outcomes if (o.kernel, o.path) == (kernel, path)]
+        cells = [_cell([o for o in mine if o.dtype == dtype]) for dtype in dtypes]
+        checked = sum(outcome.status != "unavailable" for outcome in mine)
+        table.add_row(kernel, path, *cells, str(checked))
+    return table
+
+
+def _cell(outcomes: Sequence[Outcome]) -> Text:
+    if not outcomes:
+        return Text("-", style="dim")
+    for status in ("error", "failed"):
+        found = [outcome for outcome in outcomes if outcome.status == status]
+        if found:
+            return Text(f"{len(found)} {status}", style=_STYLES[status])
+    ratios = [outcome.ratio for outcome in outcomes if outcome.ratio is not None]
+    if not ratios:
+        return Text("n/a", style=_STYLES["unavailable"])
+    return Text(f"{max(ratios):.2f}", style=_STYLES["passed"])
+
+
+def failure_lines(outcomes: Iterable[Outcome]) -> list[str]:
+    """One line per outcome that needs attention."""
+    return [f"{outcome} (plan {outcome.plan})" for outcome in outcomes if not outcome.ok]
+
+
+def print_report(console: Console, outcomes: Sequence[Outcome], *, seconds: float) -> None:
+    """The table, the failures and a closing line."""
+    console.print(results_table(outcomes))
+    for line in failure_lines(outcomes):
+        console.print(Text(line, style="red"), soft_wrap=True)
+    unavailable = {o.reason: o for o in outcomes if o.status == "unavailable"}
+    for reason, outcome in unavailable.items():
+        console.print(Text(f"not run: {outcome.kernel} [{outcome.path}]: {reason}", style="dim"))
+    failed = sum(not outcome.ok for outcome in outcomes)
+    passed = sum(outcome.status == "passed" for outcome in outcomes)
+    verdict = f"{failed} failed" if failed else "all passed"
+    console.print(f"{passed} checks passed, {verdict}, {seconds:.0f} s")
