@@ -1,0 +1,1 @@
+"""The layer inside transformers, PEFT, bitsandbytes and torch.distributed, one module each."""

@@ -1,0 +1,113 @@
+"""Parametrised 4-bit parameters of bitsandbytes: read, made, taken apart and put back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..quant import FourBit, four_bit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parametrised:
+    """Packed bytes and the bitsandbytes state that decodes them."""
+
+    packed: Tensor
+    parametrisation: nn.Module
+
+    @property
+    def state(self) -> Any:
+        """The `QuantState`."""
+        return self.parametrisation.quant_state
+
+    def stored(self) -> FourBit:
+        """The same as stored experts."""
+        return four_bit(self.packed, self.state)
+
+
+def parametrised(module: nn.Module, name: str) -> Parametrised | None:
+    """The 4-bit storage behind a parameter, None where it has none. Decodes nothing."""
+    lists = module._modules.get("parametrizations")
+    entries = None if lists is None else lists._modules.get(name)
+    if entries is None:
+        return None
+    for entry in entries.children():
+        if getattr(entry, "quant_state", None) is not None:
+            return Parametrised(packed=entries._parameters["original"].data, parametrisation=entry)
+    return None
+
+
+def quantized(
+    weight: Tensor, *, quant_type: str, blocksize: int | None, nested: bool
+) -> tuple[Tensor, Any]:
+    """Packed bytes and state of a dense stack, by bitsandbytes."""
+    from bitsandbytes import functional
+
+    settings = {} if blocksize is None else {"blocksize": blocksize}
+    return functional.quantize_4bit(
+        weight.detach().contiguous(),
+        compress_statistics=nested,
+        quant_type=quant_type,
+        **settings,
+    )
+
+
+def install(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
+    """Put packed bytes in the place of a parameter, with the parametrisation and its hooks."""
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+    module._parameters.pop(name, None)
+    module.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+    # The packed form is exact: shapes and dtypes are JSON, tables are copied.
+    replace_parameter_4bit_prequantized(
+        module, name, dict(state.as_dict(packed=True)), device=packed.device
+    )
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take parametrisation and parameter off; the hooks that came with it do nothing then."""
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    module._parameters.pop(name, None)
+
+
+def restore(module: nn.Module, name: str, base: Parametrised) -> None:
+    """Put back what `remove` took off or `replace` replaced: the same bytes and state."""
+    if parametrised(module, name) is not None:
+        remove(module, name)
+    module._parameters.pop(name, None)
+    module.register_parameter(name, nn.Parameter(base.packed, requires_grad=False))
+    parametrize.register_parametrization(module, name, base.parametrisation, unsafe=True)
+
+
+def replace(module: nn.Module, name: str, merged: Tensor, *, like: Parametrised) -> float:
+    """Quantise `merged` as `like` is and put it in its place.
+
+    Returns:
+        ||decoded - merged|| / ||merged|| in fp32.
+    """
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+    state = like.state
+    packed, new_state = quantized(
+        merged, quant_type=state.quant_type, blocksize=state.blocksize, nested=state.nested
+    )
+    restore(
+        module,
+        name,
+        Parametrised(packed=packed, parametrisation=Bnb4bitParametrization(new_state)),
+    )
+    return relative_error(four_bit(packed, new_state), merged)
+
+
+def relative_error(stored: FourBit, dense: Tensor) -> float:
+    """||decoded - dense|| / ||dense||, one expert at a time."""
+    difference = torch.zeros((), dtype=torch.float64, device=dense.device)
+    norm = torch.zeros_like(difference)
+    for expert in range(stored.experts):
+        truth = dense[expert].double()
+        decoded = stored.dense(range(expert, expert + 1), dtype=torch.float32)[0].double()
+        difference += (decoded - truth).square().sum()
+        norm += truth.square().sum()
+    return float((difference / norm).sqrt()) if float(norm) else 0.0
