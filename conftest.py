@@ -7,6 +7,9 @@ import torch
 from verify.environment import prepare_interpreter
 
 DEVICE = prepare_interpreter()
+if DEVICE == "cpu":
+    # Tensors are small there: more threads only wait for each other.
+    torch.set_num_threads(1)
 _EXCLUDED = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile(

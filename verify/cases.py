@@ -86,7 +86,13 @@ class Case:
 
 def _small(name: str, *tags: str, **changes: object) -> Case:
     base = Case(
-        name=name, tokens=37, experts=4, top_k=2, k_in=96, n_out=80, tags=frozenset(tags or ("edge",))
+        name=name,
+        tokens=37,
+        experts=4,
+        top_k=2,
+        k_in=96,
+        n_out=80,
+        tags=frozenset(tags or ("edge",)),
     )
     kind = changes.pop("routing", "uniform")
     words = str(kind).split(":")

@@ -21,7 +21,6 @@ from .expected import Expected
 WORST = 1e9
 """The ratio of an error that no limit allows."""
 
-_WHOLE = 1.5
 _GROUP, _GROUP_SPREAD = 1.25, 8.0
 _RARE = 16.0  # a chi-square exceeds its limit with probability exp(-16)
 _UNIFORM = 3.0  # largest square of a rounding error over its variance
@@ -59,9 +58,7 @@ def compare(output: str, got: Tensor, expected: Expected, *, exact: bool = False
     if got.dtype != expected.dtype:
         return _wrong(output, f"dtype is {got.dtype}, should be {expected.dtype}")
     if got.shape != expected.value.shape:
-        return _wrong(
-            output, f"shape is {list(got.shape)}, should be {list(expected.value.shape)}"
-        )
+        return _wrong(output, f"shape is {list(got.shape)}, should be {list(expected.value.shape)}")
     if got.numel() == 0:
         return Comparison(output=output, ratio=0.0, measure="exact")
     for check in (_zeros, _non_finite):
@@ -128,6 +125,7 @@ class _Errors:
     output: str
     got: Tensor
     expected: Expected
+    finite: Tensor
     error: Tensor
     independent: Tensor
     shared: Tensor
@@ -152,6 +150,7 @@ class _Errors:
             output=output,
             got=got,
             expected=expected,
+            finite=finite,
             error=error,
             independent=part(model.local) + drift,
             shared=part(model.shared),
@@ -188,7 +187,7 @@ class _Errors:
         together = torch.maximum(limit, torch.minimum(chi_square, _UNIFORM * sources))
         return energy[0] * limit + energy[1] * together
 
-    def _group(self, measure: str, owner: Tensor, groups: int, *, floor: float = 0.0) -> Comparison:
+    def _group(self, measure: str, owner: Tensor, groups: int) -> Comparison:
         """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
         length = self.error.shape[1]
 
@@ -209,14 +208,13 @@ class _Errors:
             fluctuation = total(shared.square() / own)
         freedom = (energy[1].square() / fluctuation.clamp_min(1e-300)).clamp_min(1.0)
         limit = self._limits(count.clamp_min(1), energy, freedom, sources.clamp_min(1))
-        limit = torch.maximum(limit, floor**2 * energy.sum(0))
         ratios = _over(squares, limit)
         ratios = torch.where(count >= _LEAST_ELEMENTS, ratios, torch.zeros_like(ratios))
         worst = int(ratios.argmax())
         return self._found(measure, float(ratios[worst]), owner == worst)
 
     def _whole(self) -> Comparison:
-        return self._group("whole", torch.zeros_like(self.labels), 1, floor=_WHOLE)
+        return self._group("whole", torch.zeros_like(self.labels), 1)
 
     def _experts(self) -> Comparison:
         return self._group("expert", self.labels, int(self.labels.max()) + 1)
@@ -232,10 +230,10 @@ class _Errors:
     def _slopes(self) -> Comparison:
         """Least squares of the error on the terms: the excess of each term's factor over 1."""
         terms = {
-            name: self.expected.vectors(term)
+            name: torch.where(self.finite, self.expected.vectors(term), 0.0)
             for name, term in self.expected.terms.items()
-            if bool(term.any())
         }
+        terms = {name: term for name, term in terms.items() if bool(term.any())}
         nothing = Comparison(output=self.output, ratio=0.0, measure="slope")
         if not terms or self.error.numel() < _LEAST_ELEMENTS:
             return nothing

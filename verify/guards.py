@@ -9,7 +9,6 @@ Floating-point bands are NaN to whoever reads them, with a payload that arithmet
 bands hold 1, so that an index read past the end is wrong but never wild.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -65,7 +64,9 @@ class Region:
             if bool(wrong.any()):
                 first = int(torch.nonzero(wrong)[0])
                 distance = self.before - start - first if side == "before" else first
-                return f"wrote {side} {self.name}, {distance} bytes outside ({int(wrong.sum())} bytes)"
+                return (
+                    f"wrote {side} {self.name}, {distance} bytes outside ({int(wrong.sum())} bytes)"
+                )
         return ""
 
     def _expected(self, start: int, stop: int) -> Tensor:
@@ -107,9 +108,7 @@ def _banded(
     inside = buffer[before : before + width]
     inside.fill_(0xFF) if dtype.is_floating_point else inside.view(dtype).fill_(_INTERIOR_INTEGER)
     tensor = inside.view(dtype).as_strided(size, stride)
-    return tensor, Region(
-        name=name, buffer=buffer, before=before, size=width, pattern=pattern
-    )
+    return tensor, Region(name=name, buffer=buffer, before=before, size=width, pattern=pattern)
 
 
 class Guards(TorchDispatchMode):
@@ -193,9 +192,7 @@ def shelter(inputs: Inputs) -> Shelter:
         tensors[name] = guarded
         regions.append(region)
         copies.append(region.buffer[region.before : region.before + region.size].clone())
-    return Shelter(
-        inputs=inputs.having(**tensors), regions=tuple(regions), copies=tuple(copies)
-    )
+    return Shelter(inputs=inputs.having(**tensors), regions=tuple(regions), copies=tuple(copies))
 
 
 def _filled_from(target: Tensor, source: Tensor) -> None:
@@ -204,5 +201,3 @@ def _filled_from(target: Tensor, source: Tensor) -> None:
         if stride == 0:
             target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
     target.copy_(source)
-
-

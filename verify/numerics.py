@@ -95,7 +95,10 @@ class Uncertain:
         """Times an exact factor."""
         square = factor * factor
         return Uncertain(
-            self.value.double() * factor, self.local * square, self.shared * square, self.drift * square
+            self.value.double() * factor,
+            self.local * square,
+            self.shared * square,
+            self.drift * square,
         )
 
     def times(self, other: "Uncertain") -> "Uncertain":

@@ -121,7 +121,11 @@ def _imports(package: Path, path: Path, tree: ast.Module) -> Iterable[Path]:
         module = base.joinpath(*(node.module or "").split(".")) if node.module else base
         for found in (module, *(module / alias.name for alias in node.names)):
             for file in (found.with_suffix(".py"), found / "__init__.py"):
-                if file.is_file() and file.is_relative_to(package) and file.parent != package.parent:
+                if (
+                    file.is_file()
+                    and file.is_relative_to(package)
+                    and file.parent != package.parent
+                ):
                     yield file
 
 

@@ -331,4 +331,3 @@ def _merged(comparisons: list[Comparison]) -> dict[str, float]:
         for measure, ratio in comparison.ratios.items():
             merged[measure] = max(merged.get(measure, 0.0), ratio)
     return merged
-

@@ -99,7 +99,9 @@ class KernelSpec:
     cost: Callable[[Case, torch.dtype], tuple[float, float]]
     source: str
     ops: tuple[str, ...]
-    arithmetic: Callable[[ModuleType, Inputs, Any], Arithmetic] = lambda lib, inputs, plan: Arithmetic()
+    arithmetic: Callable[[ModuleType, Inputs, Any], Arithmetic] = lambda lib, inputs, plan: (
+        Arithmetic()
+    )
     prepare: Callable[[ModuleType, Inputs], Any] | None = None
     modes: tuple[str, ...] = ("balanced", "lora-only", "exact")
     inputs: Callable[..., Inputs] = make_inputs

@@ -34,7 +34,9 @@ from .common import (
 )
 
 _SMALL = tuple(case for case in CASES if "model" not in case.tags)
-_DENSE = tuple(case for case in CASES if case.name in ("qwen3-down-t2048-r16", "mixtral-down-t2048-r16"))
+_DENSE = tuple(
+    case for case in CASES if case.name in ("qwen3-down-t2048-r16", "mixtral-down-t2048-r16")
+)
 
 
 def _orders(lib: ModuleType, case: Case) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def _forward_terms(inputs: Inputs, *parts: str) -> dict[str, Tensor]:
 
 
 def _total(terms: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum(0) if len(terms) > 1 else next(iter(terms.values()))
+    return (
+        torch.stack(list(terms.values())).sum(0) if len(terms) > 1 else next(iter(terms.values()))
+    )
 
 
 def _low_rank(inputs: Inputs, model: Linear, truth: Tensor | None) -> Expected:
@@ -117,9 +119,7 @@ def _reference_scatter2scatter(inputs: Inputs, how: Arithmetic) -> Mapping[str, 
     groups, terms = groups_of(inputs), _forward_terms(inputs, "base", "bias")
     model = Linear.forward(inputs, groups, how).without_adapter().output()
     truth = None if how.tf32 else _total(terms)
-    return {
-        "y": row_expected(inputs, groups, model, inputs.case.target, truth=truth, terms=terms)
-    }
+    return {"y": row_expected(inputs, groups, model, inputs.case.target, truth=truth, terms=terms)}
 
 
 def _reference_shrink(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:

@@ -43,9 +43,7 @@ def _run_group(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tenso
     source = order(lib, inputs.case.source)
     gates = inputs.get("gates")
     return {
-        "rows": ops(lib).group(
-            inputs["x"], routing(lib, inputs), source=source, row_scale=gates
-        )
+        "rows": ops(lib).group(inputs["x"], routing(lib, inputs), source=source, row_scale=gates)
     }
 
 

@@ -1,0 +1,226 @@
+"""The judge is judged: right answers pass, however drawn; each planted error is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from verify.cases import Case
+from verify.compare import compare
+from verify.inputs import DTYPES, Inputs, make_inputs
+from verify.models import Arithmetic
+from verify.references import Groups
+from verify.routings import RoutingKind
+from verify.run import LEAST_SHARE
+from verify.specs.gradients import LORA_WEIGHT_GRAD
+from verify.specs.linear import LORA_FORWARD
+
+pytestmark = pytest.mark.correctness
+
+CPU = torch.device("cpu")
+CASE = Case(
+    name="judge", tokens=48, experts=6, top_k=2, k_in=512, n_out=96, rank=16, bias=True,
+    routing=RoutingKind("holes", (30,)),
+)  # fmt: skip
+K_TILE = 32
+
+
+class Simulated:
+    """A right LoRA forward in plain torch: fp32 sums, rounded where a kernel rounds; `faults` spoil it."""
+
+    def __init__(self, inputs: Inputs, *faults: str) -> None:
+        self.inputs, self.faults = inputs, faults
+        self.groups = Groups.of(inputs["top_k_index"], inputs.case.experts)
+
+    def forward(self) -> dict[str, Tensor]:
+        inputs, case = self.inputs, self.inputs.case
+        x = inputs["x"][self.groups.places(case.source)]
+        y = torch.zeros(x.shape[0], case.n_out, dtype=inputs.dtype)
+        t = torch.zeros(x.shape[0], case.rank, dtype=inputs.dtype)
+        for expert, rows in enumerate(self.groups.slices):
+            y[rows], t[rows] = self._expert(x[rows].float(), expert)
+        if "one wrong row" in self.faults:
+            y[5] = y[6]
+        if "wrong adapter for one row" in self.faults:
+            y[:1] = self._expert(x[:1].float(), self._owner(0), adapter=self._owner(0) - 1)[0]
+        if "NaN" in self.faults:
+            y[7, 3] = torch.nan
+        return {
+            "y": self.groups.spread(y, case.target),
+            "t": self.groups.spread(t, "EXPERT"),
+        }
+
+    def _owner(self, row: int) -> int:
+        return next(e for e, rows in enumerate(self.groups.slices) if rows.stop > row)
+
+    def _expert(self, x: Tensor, expert: int, adapter: int | None = None) -> tuple[Tensor, Tensor]:
+        inputs, faults = self.inputs, self.faults
+        adapter = expert if adapter is None else adapter
+        weight = inputs["weight"][expert].float()
+        a, b = inputs["lora_a"][adapter].float(), inputs["lora_b"][adapter].float()
+        scaling = inputs.scaling
+        if "scaling 1% off" in faults:
+            scaling *= 1.01
+        if "scaling ignored" in faults:
+            scaling = 1.0
+        if "last K element lost in the base" in faults:
+            weight = weight.clone()
+            weight[-1] = 0
+        if "last K element lost in the adapter" in faults:
+            a = a.clone()
+            a[:, -1] = 0
+        if "last rank lost" in faults:
+            b = b.clone()
+            b[:, -1] = 0
+        t = (scaling * (x @ a.mT)).to(inputs.dtype)
+        y = self._accumulated(x, weight)
+        if "LoRA dropped" not in faults:
+            y = y + t.float() @ b.mT
+        if "bias" in inputs.tensors and "bias dropped" not in faults:
+            y = y + inputs["bias"][expert].float()
+        return y.to(inputs.dtype), t
+
+    def _accumulated(self, x: Tensor, weight: Tensor) -> Tensor:
+        if "16-bit accumulation" not in self.faults:
+            return x @ weight
+        total = torch.zeros(x.shape[0], weight.shape[1], dtype=self.inputs.dtype)
+        for start in range(0, x.shape[1], K_TILE):
+            step = x[:, start : start + K_TILE] @ weight[start : start + K_TILE]
+            total = (total.float() + step).to(self.inputs.dtype)
+        return total.float()
+
+
+def worst(inputs: Inputs, outputs: dict[str, Tensor], *, exact: bool = False) -> float:
+    expected = LORA_FORWARD.reference(inputs, Arithmetic())
+    return max(compare(name, outputs[name], expected[name], exact=exact).ratio for name in expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mode", ["balanced", "lora-only", "exact"])
+def test_right_answers_pass(dtype, mode):
+    for seed in range(20):
+        inputs = make_inputs(CASE, dtype, mode, CPU, seed=seed)
+        assert worst(inputs, Simulated(inputs).forward(), exact=mode == "exact") <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_right_answers_pass_on_parallel_inputs(dtype):
+    """Every row of x points the same way, so roundings of one operand move whole vectors together."""
+    for seed in range(20):
+        drawn = make_inputs(CASE, dtype, "balanced", CPU, seed=seed)
+        parallel = (drawn["x"][:1] * torch.linspace(0.5, 2, CASE.tokens)[:, None]).to(dtype)
+        inputs = drawn.having(x=parallel, lora_b=drawn["lora_b"][..., :1].expand(-1, -1, 16))
+        assert worst(inputs, Simulated(inputs).forward()) <= 1
+
+
+FAULTS = (
+    "LoRA dropped",
+    "bias dropped",
+    "scaling 1% off",
+    "scaling ignored",
+    "last K element lost in the base",
+    "last K element lost in the adapter",
+    "last rank lost",
+    "one wrong row",
+    "wrong adapter for one row",
+    "NaN",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_errors_are_refused(dtype, fault):
+    ratios = []
+    for seed in range(5):
+        inputs = make_inputs(CASE, dtype, "balanced", CPU, seed=seed)
+        ratios.append(worst(inputs, Simulated(inputs, fault).forward()))
+    assert min(ratios) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_16_bit_accumulation_is_refused(dtype):
+    assert CASE.k_in >= 16 * K_TILE
+    ratios = []
+    for seed in range(5):
+        inputs = make_inputs(CASE, dtype, "balanced", CPU, seed=seed)
+        ratios.append(worst(inputs, Simulated(inputs, "16-bit accumulation").forward()))
+    assert min(ratios) > 1
+
+
+def test_one_unit_in_the_last_place_is_refused_in_exact_mode():
+    inputs = make_inputs(CASE, torch.bfloat16, "exact", CPU)
+    outputs = Simulated(inputs).forward()
+    outputs["y"][0, 0] = torch.nextafter(
+        outputs["y"][0, 0], torch.tensor(torch.inf, dtype=torch.bfloat16)
+    )
+    assert worst(inputs, outputs, exact=True) > 1
+
+
+def gradients(case: Case) -> tuple[dict[str, Tensor], dict]:
+    inputs = LORA_WEIGHT_GRAD.inputs(case, torch.bfloat16, "balanced", CPU)
+    expected = LORA_WEIGHT_GRAD.reference(inputs, Arithmetic())
+    return {name: item.value.to(item.dtype) for name, item in expected.items()}, expected
+
+
+@pytest.mark.parametrize("garbage", [1e-30, -0.0, torch.nan], ids=["tiny", "minus zero", "NaN"])
+def test_anything_but_zero_for_an_expert_without_rows_is_refused(garbage):
+    outputs, expected = gradients(CASE)
+    empty = int(expected["da"].zero.reshape(CASE.experts, -1)[:, 0].nonzero()[0])
+    assert compare("da", outputs["da"], expected["da"]).ok
+    outputs["da"][empty, 2, 3] = garbage
+    assert not compare("da", outputs["da"], expected["da"]).ok
+
+
+def test_a_token_missing_from_one_gradient_is_refused():
+    outputs, expected = gradients(CASE)
+    inputs = LORA_WEIGHT_GRAD.inputs(CASE, torch.bfloat16, "balanced", CPU)
+    groups = Groups.of(inputs["top_k_index"], CASE.experts)
+    expert = int(groups.counts.argmax())
+    row = groups.bounds[expert]
+    lost = inputs["yb"][row].double()[:, None] * inputs["x"][groups.places("TOKEN")[row]].double()
+    outputs["da"][expert] -= lost.to(torch.bfloat16)
+    assert not compare("da", outputs["da"], expected["da"]).ok
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype", "none"])
+def test_what_is_no_such_output_is_refused(fault):
+    outputs, expected = gradients(CASE)
+    wrong = {"shape": outputs["da"].mT, "dtype": outputs["da"].float(), "none": None}[fault]
+    assert not compare("da", wrong, expected["da"]).ok
+
+
+def test_a_failure_names_the_place():
+    inputs = make_inputs(CASE, torch.bfloat16, "balanced", CPU)
+    outputs = Simulated(inputs).forward()
+    outputs["y"][11, 4] += 1
+    found = compare("y", outputs["y"], LORA_FORWARD.reference(inputs, Arithmetic())["y"])
+    labels = Groups.of(inputs["top_k_index"], CASE.experts).labels(CASE.target)
+    assert (found.where["row"], found.where["column"]) == (11, 4)
+    assert found.where["expert"] == int(labels[11])
+    assert found.where["got"] == pytest.approx(found.where["want"] + 1, rel=0.1)
+
+
+def test_a_term_that_hides_is_reported():
+    inputs = make_inputs(CASE, torch.float32, "balanced", CPU)
+    drowned = inputs.having(lora_b=inputs["lora_b"] / 20)
+    assert LORA_FORWARD.reference(inputs, Arithmetic())["y"].weakest_share()[1] >= LEAST_SHARE
+    term, share = LORA_FORWARD.reference(drowned, Arithmetic())["y"].weakest_share()
+    assert term == "lora"
+    assert share < LEAST_SHARE
+
+
+def non_finite(change: Callable[[Tensor], None]) -> bool:
+    inputs = make_inputs(CASE, torch.float32, "balanced", CPU)
+    inputs["x"][0, 0] = torch.inf
+    outputs = Simulated(inputs).forward()
+    change(outputs["y"])
+    return compare("y", outputs["y"], LORA_FORWARD.reference(inputs, Arithmetic())["y"]).ok
+
+
+def test_infinity_must_stay_where_the_truth_has_it():
+    def spread(y: Tensor) -> None:
+        y[~y.isfinite().all(1)] = 0
+
+    assert non_finite(lambda y: None)
+    assert not non_finite(spread)
