@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._interpreter import require_supported
+from ._launch import Launcher
 from ._sizes import next_power_of_two
 
 ROW_TILES = (16, 32, 64, 128)
@@ -52,11 +53,13 @@ def group_bins(experts: int) -> int:
 def row_tiles(offsets: Tensor, *, rows: int, experts: int) -> Tensor:
     """Tables for every height in ROW_TILES, int32 [entries, 4], from offsets int32 [experts + 1]."""
     shape = (row_tile_entries(rows, experts), 4)
-    tiles = torch.empty(shape, dtype=torch.int32, device=offsets.device)
+    tiles = offsets.new_empty(shape)
     if rows:
         require_supported(torch.int32, offsets.device)
         bins = group_bins(experts)
-        row_tiles_kernel[(experts + 2,)](tiles, offsets, rows, experts, BINS=bins, num_warps=4)
+        row_tiles_launcher(
+            (experts + 2,), offsets.device, (tiles, offsets, rows, experts), warps=4, BINS=bins
+        )
     return tiles
 
 
@@ -95,3 +98,6 @@ def write_group_tiles(tiles, sizes, group, rows, experts, BINS: tl.constexpr):
             tl.store(entry + 2, zeros + begin, mask=inside)
             tl.store(entry + 3, zeros + end, mask=inside)
         table += capacity
+
+
+row_tiles_launcher = Launcher(row_tiles_kernel, runtime=("rows", "experts"))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._interpreter import require_supported
+from ._launch import Launcher
 from ._row_tiles import group_bins, row_tile_entries, write_group_tiles
 from ._sizes import ceil_div
 
@@ -35,33 +36,29 @@ def sort_by_expert(ids: Tensor, experts: int) -> Sorted:
     chunks = ceil_div(rows, chunk)
     bins = group_bins(experts)
     entries = row_tile_entries(rows, experts)
-    slots = torch.empty(rows, dtype=torch.int64, device=ids.device)
-    sizes = [rows, experts + 1, 4 * entries, chunks * bins]
-    buffer = torch.empty(sum(sizes) + 16, dtype=torch.int32, device=ids.device)
-    expert_of_row = buffer[:rows]
-    offsets = buffer[rows : rows + experts + 1]
-    start = ceil_div(rows + experts + 1, 4) * 4
-    tiles = buffer[start : start + 4 * entries].view(entries, 4)
-    counts = buffer[start + 4 * entries :]
+    slots = ids.new_empty(rows, dtype=torch.int64)
+    lengths = [rows, experts + 1, 4 * entries, chunks * bins]
+    aligned = [ceil_div(length, 4) * 4 for length in lengths]
+    buffer = ids.new_empty(sum(aligned), dtype=torch.int32)
+    parts = [part[:length] for part, length in zip(buffer.split(aligned), lengths, strict=True)]
+    expert_of_row, offsets, tiles, counts = parts
+    result = Sorted(slots, expert_of_row, offsets, tiles.view(entries, 4))
     if rows == 0:
-        return Sorted(slots, expert_of_row, offsets.zero_(), tiles)
+        offsets.zero_()
+        return result
     require_supported(torch.int32, ids.device)
-    count_kernel[(chunks,)](ids, counts, rows, experts, BINS=bins, CHUNK=chunk, num_warps=4)
-    place_kernel[(chunks + experts + 2,)](
-        ids,
-        counts,
-        slots,
-        expert_of_row,
-        offsets,
-        tiles,
-        rows,
-        experts,
-        chunks,
+    count_launcher(
+        (chunks,), ids.device, (ids, counts, rows, experts), warps=4, BINS=bins, CHUNK=chunk
+    )
+    place_launcher(
+        (chunks + experts + 2,),
+        ids.device,
+        (ids, counts, slots, expert_of_row, offsets, tiles, rows, experts, chunks),
+        warps=4,
         BINS=bins,
         CHUNK=chunk,
-        num_warps=4,
     )
-    return Sorted(slots, expert_of_row, offsets, tiles)
+    return result
 
 
 @triton.jit
@@ -123,3 +120,7 @@ def place_kernel(
         if group == 0:
             tl.store(offsets + bins, begin, mask=bins <= experts)
         write_group_tiles(tiles, sizes, group, rows, experts, BINS)
+
+
+count_launcher = Launcher(count_kernel, runtime=("rows", "experts"))
+place_launcher = Launcher(place_kernel, runtime=("rows", "experts", "chunks"))

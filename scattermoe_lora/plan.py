@@ -6,6 +6,7 @@ Choice: the plan that the caller passes > the table shipped for this GPU > the h
 import enum
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -149,12 +150,11 @@ def _cuda_device(index: int) -> Device:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """The facts about operands that a plan may depend on.
+class Problem(NamedTuple):
+    """The facts about operands that a plan may depend on; a tuple, because one is made per launch.
 
-    rows: routed rows. k: reduction width. n: output width. rank: 0 without LoRA. w_map: the layout of W that
-    a tensor map can address, "nk", "kn", or "" for none. grouped_mm: the operands fit torch._grouped_mm.
+    rows: routed rows. k: reduction width (in weight gradients, output rows). n: output width.
+    rank: 0 without LoRA. w_map: the layout of W that a tensor map can address, "nk", "kn", or "".
     """
 
     operation: Operation
@@ -166,75 +166,33 @@ class Problem:
     dtype: torch.dtype
     precision: Precision
     w_map: str = ""
-    grouped_mm: bool = False
 
 
-def current_precision() -> Precision:
-    """torch's own setting for fp32 products, read now."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return Precision.TF32 if allowed else Precision.IEEE
+def current_precision(dtype: torch.dtype) -> Precision:
+    """torch's own setting for fp32 products, read now; 16-bit products have no such choice."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return Precision.IEEE
+    return Precision.TF32
 
 
 def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem on a device, by heuristic; depends on rows through rows per expert alone."""
-    operation = problem.operation
-    if operation is Operation.SHRINK:
-        return Plan(path=Path.TILES, tile=shrink_tile(problem, device), precision=problem.precision)
-    if operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD):
-        return Plan(path=Path.GRAM, tile=gram_tile(problem, device), precision=problem.precision)
-    path = Path.TILES if operation is Operation.SCATTER2SCATTER else Path.EPILOGUE
-    shrink = shrink_tile(problem, device) if path is Path.EPILOGUE else None
-    return Plan(
-        path=path,
-        tile=product_tile(problem, device),
-        shrink=shrink,
-        precision=problem.precision,
-    )
-
-
-def plan_for(
-    operation: Operation,
-    *,
-    rows: int,
-    experts: int,
-    k: int,
-    n: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    w_map: str = "",
-) -> Plan:
-    """`choose` for operands at hand, remembered per bucket of rows per expert."""
-    bucket = next_power_of_two(max(1, rows // experts))
-    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
-    return _plan_for(operation, bucket, experts, k, n, rank, dtype, device, precision, w_map)
+    """The plan for a problem on a device; of the rows it sees the power of two of rows per expert."""
+    bucket = problem.experts * _rows_per_expert(problem)
+    return _choose(problem._replace(rows=bucket), device)
 
 
 @lru_cache(maxsize=4096)
-def _plan_for(
-    operation: Operation,
-    bucket: int,
-    experts: int,
-    k: int,
-    n: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str,
-    w_map: str,
-) -> Plan:
-    problem = Problem(
-        operation=operation,
-        rows=bucket * experts,
-        experts=experts,
-        k=k,
-        n=n,
-        rank=rank,
-        dtype=dtype,
-        precision=Precision.IEEE if precision == "highest" else Precision.TF32,
-        w_map=w_map,
-    )
-    return choose(problem, Device.of(device))
+def _choose(problem: Problem, device: Device) -> Plan:
+    operation = problem.operation
+    precision = problem.precision
+    if operation is Operation.SHRINK:
+        return Plan(path=Path.TILES, tile=shrink_tile(problem, device), precision=precision)
+    if operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD):
+        return Plan(path=Path.GRAM, tile=gram_tile(problem, device), precision=precision)
+    path = Path.TILES if operation is Operation.SCATTER2SCATTER else Path.EPILOGUE
+    shrink = shrink_tile(problem, device) if path is Path.EPILOGUE else None
+    tile = product_tile(problem, device)
+    return Plan(path=path, tile=tile, shrink=shrink, precision=precision)
 
 
 def _rows_per_expert(problem: Problem) -> int:
@@ -346,15 +304,11 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     """Every plan worth trying for a problem, the heuristic's choice first; never empty."""
     base = choose(problem, device)
     plans = [base]
-    for path in PATHS[problem.operation]:
-        if path is Path.GROUPED_MM and not problem.grouped_mm:
-            continue
-        plans.append(with_path(base, path, problem, device))
+    plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
     for block_m in ROW_TILES:
         if block_m <= 2 * _rows_per_expert(problem):
-            plans.append(
-                replace(base, tile=fit(replace(base.tile, block_m=block_m), problem, device))
-            )
+            tile = fit(replace(base.tile, block_m=block_m), problem, device)
+            plans.append(replace(base, tile=tile))
     return tuple(dict.fromkeys(plans))
 
 

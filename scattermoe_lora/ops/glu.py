@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interpreter import require_supported
+from .._launch import Launcher
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
@@ -58,21 +59,25 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
         TypeError, ValueError: h is not 2-D floating point, or has an odd width.
     """
     _check_h(h)
-    act = torch.empty((h.shape[0], h.shape[1] // 2), dtype=h.dtype, device=h.device)
+    act = h.new_empty((h.shape[0], h.shape[1] // 2))
     if act.numel():
         block = _block(act.shape[1])
-        glu_forward_kernel[(h.shape[0], ceil_div(act.shape[1], block))](
-            matrix(h),
-            matrix(act),
-            act.shape[1],
-            activation.alpha,
-            activation.shift,
-            activation.limit,
+        glu_forward_launcher(
+            (h.shape[0], ceil_div(act.shape[1], block)),
+            h.device,
+            (
+                matrix(h),
+                matrix(act),
+                act.shape[1],
+                activation.alpha,
+                activation.shift,
+                activation.limit,
+            ),
+            warps=4,
             TANH=activation.gate is Gate.TANH,
             CLAMPED=math.isfinite(activation.limit),
             INTERLEAVED=activation.interleaved,
             BLOCK=block,
-            num_warps=4,
         )
     return act
 
@@ -101,27 +106,31 @@ def glu_backward(
     check_row_scale("gates", gates, routing)
     if 2 * dact.shape[1] != h.shape[1]:
         raise ValueError(f"h has width {h.shape[1]} but dact has {dact.shape[1]}")
-    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    act = torch.empty(dact.shape, dtype=h.dtype, device=h.device)
-    dgates = torch.empty((routing.tokens, routing.top_k), dtype=torch.float32, device=h.device)
+    dh = h.new_empty(h.shape)
+    act = h.new_empty(dact.shape)
+    dgates = h.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
-        glu_backward_kernel[(routing.rows,)](
-            matrix(h),
-            matrix(dact),
-            None if gates is None else gates.reshape(-1),
-            matrix(dh),
-            matrix(act),
-            dgates,
-            routing.slots,
-            dact.shape[1],
-            activation.alpha,
-            activation.shift,
-            activation.limit,
+        glu_backward_launcher(
+            (routing.rows,),
+            h.device,
+            (
+                matrix(h),
+                matrix(dact),
+                None if gates is None else gates.reshape(-1),
+                matrix(dh),
+                matrix(act),
+                dgates,
+                routing.slots,
+                dact.shape[1],
+                activation.alpha,
+                activation.shift,
+                activation.limit,
+            ),
+            warps=4,
             TANH=activation.gate is Gate.TANH,
             CLAMPED=math.isfinite(activation.limit),
             INTERLEAVED=activation.interleaved,
             BLOCK=_block(dact.shape[1]),
-            num_warps=4,
         )
     return dh, act, dgates
 
@@ -242,3 +251,9 @@ def _check_h(h: Tensor) -> None:
 
 def _block(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 1024)
+
+
+glu_forward_launcher = Launcher(glu_forward_kernel, runtime=("alpha", "shift", "limit"))
+
+
+glu_backward_launcher = Launcher(glu_backward_kernel, runtime=("alpha", "shift", "limit"))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import Launcher
 from .._sizes import ceil_div
 from ..plan import Plan
 from ..routing import Routing, RowOrder
@@ -132,13 +133,19 @@ def launch_gram(
     programs = _programs(first[4], routing, plan)
     total = programs + (0 if second is None else _programs(second[4], routing, plan))
     _, p_order, _, q_order, _ = second if second is not None else first
-    gram_kernel[(total,)](
-        _gram(first, routing),
-        None if second is None else _gram(second, routing),
-        None if row_scale is None else row_scale.reshape(-1),
-        routing.slots,
-        routing.offsets,
-        programs,
+    gram_launcher(
+        (total,),
+        routing.device,
+        (
+            _gram(first, routing),
+            None if second is None else _gram(second, routing),
+            None if row_scale is None else row_scale.reshape(-1),
+            routing.slots,
+            routing.offsets,
+            programs,
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
         FIRST_P_BY_EXPERT=first[1] is RowOrder.EXPERT,
         FIRST_Q_BY_EXPERT=first[3] is RowOrder.EXPERT,
         SECOND_P_BY_EXPERT=p_order is RowOrder.EXPERT,
@@ -147,8 +154,6 @@ def launch_gram(
         BLOCK_M=tile.block_m,
         BLOCK_P=tile.block_k,
         BLOCK_Q=tile.block_n,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
@@ -172,3 +177,6 @@ def _gram(product: tuple[Tensor, RowOrder, Tensor, RowOrder, Tensor], routing: R
         out.shape[1],
         out.shape[2],
     )
+
+
+gram_launcher = Launcher(gram_kernel, runtime=("programs",))

@@ -17,7 +17,7 @@ from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
 from ._tile import matrix, stack
-from .fused import fused_kernel
+from .fused import fused_launcher
 from .grouped_mm import by_expert, grouped, grouped_product
 from .product import launch_product, product_plan, rank_block
 
@@ -187,28 +187,34 @@ def _fused(
             "the fused path loads W through pointers, but the plan asks for a tensor map"
         )
     width, rank = weight.shape[2], down.shape[1]
-    y = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
-    low = torch.empty((routing.rows, rank), dtype=x.dtype, device=x.device)
+    y = x.new_empty((routing.rows, width))
+    low = x.new_empty((routing.rows, rank))
     if routing.rows == 0:
         return y, low
     first_entry, count = routing.tile_range(tile.block_m)
-    fused_kernel[(count * ceil_div(width, tile.block_n),)](
-        matrix(x),
-        stack(weight),
-        stack(down.mT),
-        stack(up.mT),
-        None if bias is None else matrix(bias),
-        None if row_scale is None else row_scale.reshape(-1),
-        matrix(y),
-        matrix(low),
-        routing.slots,
-        routing.tiles,
-        first_entry,
-        routing.fan_out(source),
-        weight.shape[1],
-        width,
-        rank,
-        float(scaling),
+    fused_launcher(
+        (count * ceil_div(width, tile.block_n),),
+        x.device,
+        (
+            matrix(x),
+            stack(weight),
+            stack(down.mT),
+            stack(up.mT),
+            None if bias is None else matrix(bias),
+            None if row_scale is None else row_scale.reshape(-1),
+            matrix(y),
+            matrix(low),
+            routing.slots,
+            routing.tiles,
+            first_entry,
+            routing.fan_out(source),
+            weight.shape[1],
+            width,
+            rank,
+            float(scaling),
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
         X_BY_EXPERT=source is RowOrder.EXPERT,
         Y_BY_EXPERT=target is RowOrder.EXPERT,
         PRECISION=plan.precision.value,
@@ -216,7 +222,5 @@ def _fused(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_R=max(next_power_of_two(rank), 16),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return y, low

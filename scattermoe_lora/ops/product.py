@@ -1,12 +1,10 @@
 """Launcher of the routed product."""
 
-
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Operation, Path, Plan, Tile, plan_for
+from ..plan import Device, Operation, Path, Plan, Problem, Tile, choose, current_precision
 from ..routing import Routing, RowOrder
 from ._check import (
     addressable,
@@ -19,7 +17,7 @@ from ._check import (
 )
 from ._tile import Stack, matrix, stack
 from .grouped_mm import grouped_product
-from .scatter2scatter import scatter2scatter_kernel
+from .scatter2scatter import scatter2scatter_launcher
 
 
 def scatter2scatter(
@@ -116,17 +114,12 @@ def product_plan(
     x: Tensor, weight: Tensor, routing: Routing, operation: Operation, rank: int = 0
 ) -> Plan:
     """The plan for a product of operands that were checked."""
-    return plan_for(
-        operation,
-        rows=routing.rows,
-        experts=routing.experts,
-        k=weight.shape[1],
-        n=weight.shape[2],
-        rank=rank,
-        dtype=x.dtype,
-        device=x.device,
-        w_map=w_map(weight),
+    experts, k, n = weight.shape
+    precision = current_precision(x.dtype)
+    problem = Problem(
+        operation, routing.rows, experts, k, n, rank, x.dtype, precision, w_map(weight)
     )
+    return choose(problem, Device.of(x.device))
 
 
 def launch_product(
@@ -145,7 +138,7 @@ def launch_product(
 ) -> Tensor:
     """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R, N])."""
     width = weight.shape[2]
-    y = torch.empty((routing.rows, width), dtype=x.dtype, device=x.device)
+    y = x.new_empty((routing.rows, width))
     if routing.rows == 0:
         return y
     layout = w_map(weight) if tile.descriptor else ""
@@ -158,22 +151,28 @@ def launch_product(
     left, right = low_rank if low_rank is not None else (None, None)
     rank = 0 if right is None else right.shape[1]
     first_entry, count = routing.tile_range(tile.block_m)
-    scatter2scatter_kernel[(count * ceil_div(width, tile.block_n),)](
-        row_operand(x, tile) if x_map else matrix(x),
-        weight_operand(weight, layout, tile),
-        None if bias is None else matrix(bias),
-        None if left is None else matrix(left),
-        None if right is None else stack(right),
-        None if row_scale is None else row_scale.reshape(-1),
-        matrix(y),
-        routing.slots,
-        routing.tiles,
-        first_entry,
-        routing.fan_out(source),
-        weight.shape[1],
-        width,
-        rank,
-        float(scale),
+    scatter2scatter_launcher(
+        (count * ceil_div(width, tile.block_n),),
+        x.device,
+        (
+            row_operand(x, tile) if x_map else matrix(x),
+            weight_operand(weight, layout, tile),
+            None if bias is None else matrix(bias),
+            None if left is None else matrix(left),
+            None if right is None else stack(right),
+            None if row_scale is None else row_scale.reshape(-1),
+            matrix(y),
+            routing.slots,
+            routing.tiles,
+            first_entry,
+            routing.fan_out(source),
+            weight.shape[1],
+            width,
+            rank,
+            float(scale),
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
         X_BY_EXPERT=source is RowOrder.EXPERT,
         Y_BY_EXPERT=target is RowOrder.EXPERT,
         X_DESCRIPTOR=x_map,
@@ -184,8 +183,6 @@ def launch_product(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_R=rank_block(rank),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return y
 

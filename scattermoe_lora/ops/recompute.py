@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import Launcher
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import Plan
 from ..routing import Routing, RowOrder
@@ -96,20 +97,26 @@ def launch_recompute(
     """Fill out [experts, P, rank] from operands that were checked; factor is [experts, Z, rank]."""
     tile = plan.tile
     rank = factor.shape[2]
-    recompute_kernel[(routing.experts * ceil_div(out.shape[1], tile.block_k),)](
-        matrix(p),
-        matrix(z),
-        stack(factor),
-        None if row_scale is None else row_scale.reshape(-1),
-        stack(out),
-        routing.slots,
-        routing.offsets,
-        routing.fan_out(p_order),
-        routing.fan_out(z_order),
-        out.shape[1],
-        z.shape[1],
-        rank,
-        float(scaling),
+    recompute_launcher(
+        (routing.experts * ceil_div(out.shape[1], tile.block_k),),
+        routing.device,
+        (
+            matrix(p),
+            matrix(z),
+            stack(factor),
+            None if row_scale is None else row_scale.reshape(-1),
+            stack(out),
+            routing.slots,
+            routing.offsets,
+            routing.fan_out(p_order),
+            routing.fan_out(z_order),
+            out.shape[1],
+            z.shape[1],
+            rank,
+            float(scaling),
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
         P_BY_EXPERT=p_order is RowOrder.EXPERT,
         Z_BY_EXPERT=z_order is RowOrder.EXPERT,
         PRECISION=plan.precision.value,
@@ -117,7 +124,8 @@ def launch_recompute(
         BLOCK_P=tile.block_k,
         BLOCK_Z=64,
         BLOCK_R=max(next_power_of_two(rank), 16),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return out
+
+
+recompute_launcher = Launcher(recompute_kernel, runtime=("scale",))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import Launcher
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
@@ -32,20 +33,24 @@ def group(
     check_row_scale("row_scale", row_scale, routing)
     if source is RowOrder.EXPERT:
         raise ValueError("source must be RowOrder.TOKEN or RowOrder.SLOT, got RowOrder.EXPERT")
-    out = torch.empty((routing.rows, x.shape[1]), dtype=x.dtype, device=x.device)
+    out = x.new_empty((routing.rows, x.shape[1]))
     if out.numel():
         block_n = _columns(x.shape[1])
-        group_kernel[(routing.rows, ceil_div(x.shape[1], block_n))](
-            matrix(x),
-            None if row_scale is None else row_scale.reshape(-1),
-            matrix(out),
-            routing.slots,
-            routing.expert_of_row,
-            routing.fan_out(source),
-            routing.experts,
-            x.shape[1],
+        group_launcher(
+            (routing.rows, ceil_div(x.shape[1], block_n)),
+            routing.device,
+            (
+                matrix(x),
+                None if row_scale is None else row_scale.reshape(-1),
+                matrix(out),
+                routing.slots,
+                routing.expert_of_row,
+                routing.fan_out(source),
+                routing.experts,
+                x.shape[1],
+            ),
+            warps=4,
             BLOCK_N=block_n,
-            num_warps=4,
         )
     return out
 
@@ -78,17 +83,21 @@ def combine(y: Tensor, routing: Routing, *, gates: Tensor | None = None) -> Tens
     """
     check_rows("y", y, routing, RowOrder.SLOT)
     check_row_scale("gates", gates, routing)
-    out = torch.empty((routing.tokens, y.shape[1]), dtype=y.dtype, device=y.device)
+    out = y.new_empty((routing.tokens, y.shape[1]))
     if out.numel():
         block_n = _columns(y.shape[1])
-        combine_kernel[(routing.tokens, ceil_div(y.shape[1], block_n))](
-            matrix(y),
-            None if gates is None else gates.reshape(-1),
-            matrix(out),
-            y.shape[1],
+        combine_launcher(
+            (routing.tokens, ceil_div(y.shape[1], block_n)),
+            routing.device,
+            (
+                matrix(y),
+                None if gates is None else gates.reshape(-1),
+                matrix(out),
+                y.shape[1],
+            ),
+            warps=4,
             TOP_K=routing.top_k,
             BLOCK_N=block_n,
-            num_warps=4,
         )
     return out
 
@@ -120,16 +129,20 @@ def combine_grad(y: Tensor, dout: Tensor, routing: Routing) -> Tensor:
     check_same("dout", dout, "y", y)
     if y.shape[1] != dout.shape[1]:
         raise ValueError(f"y has width {y.shape[1]} but dout has {dout.shape[1]}")
-    grad = torch.empty((routing.tokens, routing.top_k), dtype=torch.float32, device=y.device)
+    grad = y.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
-        combine_grad_kernel[(routing.rows,)](
-            matrix(y),
-            matrix(dout),
-            grad,
-            routing.top_k,
-            y.shape[1],
+        combine_grad_launcher(
+            (routing.rows,),
+            routing.device,
+            (
+                matrix(y),
+                matrix(dout),
+                grad,
+                routing.top_k,
+                y.shape[1],
+            ),
+            warps=4,
             BLOCK_N=_columns(y.shape[1]),
-            num_warps=4,
         )
     return grad
 
@@ -149,3 +162,12 @@ def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
 
 def _columns(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 2048)
+
+
+group_launcher = Launcher(group_kernel, runtime=("experts",))
+
+
+combine_launcher = Launcher(combine_kernel)
+
+
+combine_grad_launcher = Launcher(combine_grad_kernel)

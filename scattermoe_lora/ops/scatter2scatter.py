@@ -11,6 +11,7 @@ other strides. Accumulation is fp32.
 import triton
 import triton.language as tl
 
+from .._launch import Launcher
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 
@@ -108,3 +109,6 @@ def scatter2scatter_kernel(
         slot = tile_rows(slots, row, end, 1, False, BLOCK_M)
         acc *= tl.load(row_scale + slot).to(tl.float32)[:, None]
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
+
+
+scatter2scatter_launcher = Launcher(scatter2scatter_kernel, runtime=("first_entry", "scale"))

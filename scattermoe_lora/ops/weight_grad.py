@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import Launcher
 from .._sizes import ceil_div
-from ..plan import Operation, Path, Plan, plan_for
+from ..plan import Device, Operation, Path, Plan, Problem, choose, current_precision
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
@@ -55,8 +56,8 @@ def lora_weight_grad(
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
         plan = weight_grad_plan(x, dy, routing, lora.rank)
-    da = torch.empty(lora.a.shape, dtype=lora.a.dtype, device=x.device)
-    db = torch.empty(lora.b.shape, dtype=lora.b.dtype, device=x.device)
+    da = lora.a.new_empty(lora.a.shape)
+    db = lora.b.new_empty(lora.b.shape)
     if plan.path is Path.RECOMPUTE:
         launch_recompute(
             x,
@@ -140,23 +141,18 @@ def expert_weight_grad(
         return grouped_gram(by_expert(x, routing, x_order), rows, routing)
     if plan.path is not Path.GRAM:
         raise ValueError(f"expert_weight_grad has no path {plan.path.value!r}")
-    out = torch.empty((routing.experts, x.shape[1], dy.shape[1]), dtype=x.dtype, device=x.device)
+    out = x.new_empty((routing.experts, x.shape[1], dy.shape[1]))
     launch_gram(((x, x_order, dy, dy_order, out),), routing, plan, row_scale=row_scale)
     return out
 
 
 def weight_grad_plan(x: Tensor, dy: Tensor, routing: Routing, rank: int) -> Plan:
     """The plan for a weight gradient; rank 0 is the full gradient dW."""
-    return plan_for(
-        Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD,
-        rows=routing.rows,
-        experts=routing.experts,
-        k=x.shape[1],
-        n=dy.shape[1],
-        rank=rank,
-        dtype=x.dtype,
-        device=x.device,
-    )
+    operation = Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD
+    precision = current_precision(x.dtype)
+    k, n = x.shape[1], dy.shape[1]
+    problem = Problem(operation, routing.rows, routing.experts, k, n, rank, x.dtype, precision)
+    return choose(problem, Device.of(x.device))
 
 
 def expert_bias_grad(
@@ -170,20 +166,24 @@ def expert_bias_grad(
     check_rows("dy", dy, routing, dy_order)
     check_row_scale("row_scale", row_scale, routing)
     width = dy.shape[1]
-    out = torch.empty((routing.experts, width), dtype=torch.float32, device=dy.device)
+    out = dy.new_empty((routing.experts, width), dtype=torch.float32)
     block_n = 128
-    expert_bias_grad_kernel[(routing.experts, ceil_div(width, block_n))](
-        matrix(dy),
-        None if row_scale is None else row_scale.reshape(-1),
-        matrix(out),
-        routing.slots,
-        routing.offsets,
-        routing.fan_out(dy_order),
-        width,
+    expert_bias_grad_launcher(
+        (routing.experts, ceil_div(width, block_n)),
+        dy.device,
+        (
+            matrix(dy),
+            None if row_scale is None else row_scale.reshape(-1),
+            matrix(out),
+            routing.slots,
+            routing.offsets,
+            routing.fan_out(dy_order),
+            width,
+        ),
+        warps=4,
         BY_EXPERT=dy_order is RowOrder.EXPERT,
         BLOCK_M=32,
         BLOCK_N=block_n,
-        num_warps=4,
     )
     return out
 
@@ -220,3 +220,6 @@ def expert_bias_grad_kernel(
             tile *= tl.load(row_scale + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
         acc += tl.sum(tile, axis=0)
     tl.store(out.ptr + expert * out.row + n * out.col, acc, mask=n < N)
+
+
+expert_bias_grad_launcher = Launcher(expert_bias_grad_kernel)
