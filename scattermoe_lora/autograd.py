@@ -179,17 +179,17 @@ def input_grad(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of x, summed over the choices where tokens share a row, and s dy B."""
     routing = call.routing
-    target = RowOrder.EXPERT if call.source is RowOrder.EXPERT else RowOrder.SLOT
-    orders = {"source": dy_order, "target": target, "row_scale": gates}
-    orders["plan"] = call.plans.input_grad
-    yb = None
     if not wants_dx:
         down = as_operand(lora.b, dout.dtype).mT
         return None, shrink(dout, down, routing, scaling=lora.scaling, source=dy_order)
-    if lora is None:
-        dx = scatter2scatter(dout, weight.mT, routing, **orders)
-    else:
-        dx, yb = lora_input_grad(dout, weight, lora, routing, **orders)
-    if call.source is RowOrder.TOKEN:
-        dx = combine(dx, routing)
-    return dx, yb
+    plan = call.plans.input_grad
+    if lora is not None:
+        return lora_input_grad(
+            dout, weight, lora, routing,
+            source=dy_order, target=call.source, row_scale=gates, plan=plan,
+        )  # fmt: skip
+    target = RowOrder.EXPERT if call.source is RowOrder.EXPERT else RowOrder.SLOT
+    dx = scatter2scatter(
+        dout, weight.mT, routing, source=dy_order, target=target, row_scale=gates, plan=plan
+    )
+    return combine(dx, routing) if call.source is RowOrder.TOKEN else dx, None

@@ -44,12 +44,13 @@ def check_same(name: str, value: Tensor, x_name: str, x: Tensor) -> None:
 
 
 def check_weight(name: str, weight: Tensor, x: Tensor, routing: Routing) -> None:
-    """A stack [experts, x width, n]."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
-    if weight.ndim != 3:
+    """A stack [experts, x width, n], as a tensor or as blocks that come in the dtype of x."""
+    if len(weight.shape) != 3:
         raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
-    check_same(name, weight, "x", x)
+    if isinstance(weight, Tensor):
+        check_same(name, weight, "x", x)
+    elif weight.device != x.device:
+        raise ValueError(f"{name} is on {weight.device} but x is on {x.device}")
     if weight.shape[0] != routing.experts:
         raise ValueError(
             f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"

@@ -19,12 +19,21 @@ from ._check import check_bias, check_lora, check_row_scale, check_rows, check_t
 from ._tile import matrix, stack
 from .fused import fused_launcher
 from .grouped_mm import by_expert, grouped, grouped_product
-from .product import launch_product, product_plan, rank_block
+from .product import (
+    BlockedWeight,
+    Rows,
+    dense,
+    gathered,
+    launch_product,
+    product_plan,
+    rank_block,
+)
+from .rows import combine
 
 
 def lora_forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     lora: LoRAWeights,
     routing: Routing,
     *,
@@ -48,23 +57,14 @@ def lora_forward(
     Raises:
         TypeError, ValueError: an operand does not fit, or the plan's path does not take it.
     """
-    return _lora_product(
-        x,
-        weight,
-        lora,
-        routing,
-        Operation.LORA_FORWARD,
-        source=source,
-        target=target,
-        bias=bias,
-        row_scale=row_scale,
-        plan=plan,
-    )
+    check_target(target)
+    rows = Rows(source, target, bias, row_scale)
+    return _lora_product(x, weight, lora, routing, Operation.LORA_FORWARD, rows, plan)
 
 
 def lora_input_grad(
     dy: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     lora: LoRAWeights,
     routing: Routing,
     *,
@@ -80,67 +80,91 @@ def lora_input_grad(
         weight, lora: those of the forward product.
 
     Returns:
-        dx [rows, K] in `target` order, and yb = s dy B [rows, R] in expert order, not scaled by g.
+        dx [rows, K] in `target` order, or with target TOKEN its sum over the choices of a token,
+        [tokens, K]; and yb = s dy B [rows, R] in expert order, not scaled by g.
     """
-    return _lora_product(
-        dy,
-        weight.mT,
-        lora.transposed,
-        routing,
-        Operation.LORA_INPUT_GRAD,
-        source=source,
-        target=target,
-        bias=None,
-        row_scale=row_scale,
-        plan=plan,
-    )
+    rows = Rows(source, target, None, row_scale)
+    operation = Operation.LORA_INPUT_GRAD
+    return _lora_product(dy, weight.mT, lora.transposed, routing, operation, rows, plan)
 
 
 def _lora_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     lora: LoRAWeights,
     routing: Routing,
     operation: Operation,
-    *,
-    source: RowOrder,
-    target: RowOrder,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
+    rows: Rows,
     plan: Plan | None,
 ) -> tuple[Tensor, Tensor]:
-    check_rows("x", x, routing, source)
-    check_target(target)
+    """The rows of a LoRA product, and s x A^T; target TOKEN sums the rows of a token."""
+    check_rows("x", x, routing, rows.source)
     check_weight("weight", weight, x, routing)
     check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
-    check_bias(bias, routing, weight.shape[2], x.device)
-    check_row_scale("row_scale", row_scale, routing)
+    check_bias(rows.bias, routing, weight.shape[2], x.device)
+    check_row_scale("row_scale", rows.row_scale, routing)
     if plan is None:
         plan = product_plan(x, weight, routing, operation, lora.rank)
     down, up = as_operand(lora.a, x.dtype), as_operand(lora.b, x.dtype)
-    call = {"source": source, "target": target, "bias": bias, "row_scale": row_scale}
+    if plan.path is Path.EPILOGUE:
+        x, rows = gathered(x, routing, rows, plan)
+        low = _shrink(x, down, lora.scaling, routing, rows.source, plan)
+        if rows.target is RowOrder.TOKEN:
+            return _summed(x, weight, low, up, routing, rows, plan), low
+        pair = (low, up.mT)
+        return launch_product(
+            x, weight, routing, plan.tile, plan.precision, rows, low_rank=pair
+        ), low
+    summed = rows.target is RowOrder.TOKEN
+    if summed:
+        rows = rows._replace(target=RowOrder.SLOT)
     match plan.path:
-        case Path.EPILOGUE:
-            low = _shrink(x, down, lora.scaling, routing, source, plan)
-            y = launch_product(x, weight, routing, plan.tile, plan, low_rank=(low, up.mT), **call)
         case Path.FUSED:
-            y, low = _fused(x, weight, down, up, lora.scaling, routing, plan, **call)
+            y, low = _fused(x, dense(weight, plan), down, up, lora.scaling, routing, rows, plan)
         case Path.SPLIT:
-            low = _shrink(x, down, lora.scaling, routing, source, plan)
-            y = launch_product(x, weight, routing, plan.tile, plan, **call)
-            call |= {"source": RowOrder.EXPERT, "bias": None}
+            low = _shrink(x, down, lora.scaling, routing, rows.source, plan)
+            y = launch_product(x, weight, routing, plan.tile, plan.precision, rows)
+            rows = rows._replace(source=RowOrder.EXPERT, bias=None)
             expand = replace(plan.tile, block_k=rank_block(lora.rank), descriptor=False)
-            y = y.add_(launch_product(low, up.mT, routing, expand, plan, **call))
+            y = y.add_(launch_product(low, up.mT, routing, expand, plan.precision, rows))
         case Path.GROUPED_MM:
-            grouped_x = by_expert(x, routing, source)
-            low = grouped(grouped_x, down.mT, routing) * lora.scaling
-            call |= {"source": RowOrder.EXPERT}
-            y = grouped_product(grouped_x, weight, routing, **call)
-            call |= {"bias": None}
-            y = y.add_(grouped_product(low, up.mT, routing, **call))
+            x = by_expert(x, routing, rows.source)
+            low = grouped(x, down.mT, routing) * lora.scaling
+            rows = rows._replace(source=RowOrder.EXPERT)
+            y = grouped_product(x, dense(weight, plan), routing, **rows._asdict())
+            rows = rows._replace(bias=None)
+            y = y.add_(grouped_product(low, up.mT, routing, **rows._asdict()))
         case _:
             raise ValueError(f"{operation.value} has no path {plan.path.value!r}")
-    return y, low
+    return combine(y, routing) if summed else y, low
+
+
+def _summed(
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    low: Tensor,
+    up: Tensor,
+    routing: Routing,
+    rows: Rows,
+    plan: Plan,
+) -> Tensor:
+    """[tokens, N]: the product, summed over the choices of a token, one half of the columns at a time.
+
+    Halves keep the [rows, N] operand of the sum at half its size; blocks of experts would be decoded
+    once per half, so they are not split.
+    """
+    rows = rows._replace(target=RowOrder.SLOT)
+    width = weight.shape[2]
+    out = x.new_empty((routing.tokens, width))
+    halves = 2 if isinstance(weight, Tensor) and width % 512 == 0 else 1
+    columns = width // halves
+    for start in range(0, width, columns):
+        part = slice(start, start + columns)
+        block = weight if halves == 1 else weight[:, :, part]
+        pair = (low, up[:, part].mT)
+        y = launch_product(x, block, routing, plan.tile, plan.precision, rows, low_rank=pair)
+        combine(y, routing, out=out[:, part])
+    return out
 
 
 def as_operand(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,16 +179,8 @@ def _shrink(
 ) -> Tensor:
     if plan.shrink is None:
         raise ValueError(f"a plan on the {plan.path.value} path needs a shrink tile")
-    return launch_product(
-        x,
-        down.mT,
-        routing,
-        plan.shrink,
-        plan,
-        source=source,
-        target=RowOrder.EXPERT,
-        scale=scaling,
-    )
+    rows = Rows(source, RowOrder.EXPERT)
+    return launch_product(x, down.mT, routing, plan.shrink, plan.precision, rows, scale=scaling)
 
 
 def _fused(
@@ -174,12 +190,8 @@ def _fused(
     up: Tensor,
     scaling: float,
     routing: Routing,
+    rows: Rows,
     plan: Plan,
-    *,
-    source: RowOrder,
-    target: RowOrder,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     tile = plan.tile
     if tile.descriptor:
@@ -200,14 +212,14 @@ def _fused(
             stack(weight),
             stack(down.mT),
             stack(up.mT),
-            None if bias is None else matrix(bias),
-            None if row_scale is None else row_scale.reshape(-1),
+            None if rows.bias is None else matrix(rows.bias),
+            None if rows.row_scale is None else rows.row_scale.reshape(-1),
             matrix(y),
             matrix(low),
             routing.slots,
             routing.tiles,
             first_entry,
-            routing.fan_out(source),
+            routing.fan_out(rows.source),
             weight.shape[1],
             width,
             rank,
@@ -215,8 +227,8 @@ def _fused(
         ),
         warps=tile.warps,
         stages=tile.stages,
-        X_BY_EXPERT=source is RowOrder.EXPERT,
-        Y_BY_EXPERT=target is RowOrder.EXPERT,
+        X_BY_EXPERT=rows.source is RowOrder.EXPERT,
+        Y_BY_EXPERT=rows.target is RowOrder.EXPERT,
         PRECISION=plan.precision.value,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,

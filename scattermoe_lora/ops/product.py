@@ -1,10 +1,24 @@
 """Launcher of the routed product."""
 
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Device, Operation, Path, Plan, Problem, Tile, choose, current_precision
+from ..plan import (
+    Device,
+    Operation,
+    Path,
+    Plan,
+    Precision,
+    Problem,
+    Tile,
+    choose,
+    current_precision,
+)
 from ..routing import Routing, RowOrder
 from ._check import (
     addressable,
@@ -17,12 +31,46 @@ from ._check import (
 )
 from ._tile import Stack, matrix, stack
 from .grouped_mm import grouped_product
+from .rows import group
 from .scatter2scatter import scatter2scatter_launcher
+
+
+@runtime_checkable
+class BlockedWeight(Protocol):
+    """A stack [experts, K, N] that is not at hand as a tensor, but block of experts by block."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, K, N)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks appear."""
+
+    @property
+    def mT(self) -> "BlockedWeight":  # noqa: N802
+        """The stack of the transposed matrices."""
+
+    @property
+    def map(self) -> str:
+        """What `w_map` says of its blocks."""
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first expert, [experts of the block, K, N]) in order; a block may reuse the last one's memory."""
+
+
+class Rows(NamedTuple):
+    """What happens to the rows of a product: their orders, a bias per expert, a factor per slot."""
+
+    source: RowOrder
+    target: RowOrder
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None
 
 
 def scatter2scatter(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     routing: Routing,
     *,
     source: RowOrder,
@@ -54,23 +102,13 @@ def scatter2scatter(
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
         plan = product_plan(x, weight, routing, Operation.SCATTER2SCATTER)
+    rows = Rows(source, target, bias, row_scale)
     if plan.path is Path.GROUPED_MM:
-        return grouped_product(
-            x, weight, routing, source=source, target=target, bias=bias, row_scale=row_scale
-        )
+        return grouped_product(x, dense(weight, plan), routing, **rows._asdict())
     if plan.path is not Path.TILES:
         raise ValueError(f"scatter2scatter has no path {plan.path.value!r}")
-    return launch_product(
-        x,
-        weight,
-        routing,
-        plan.tile,
-        plan,
-        source=source,
-        target=target,
-        bias=bias,
-        row_scale=row_scale,
-    )
+    x, rows = gathered(x, routing, rows, plan)
+    return launch_product(x, weight, routing, plan.tile, plan.precision, rows)
 
 
 def shrink(
@@ -97,94 +135,119 @@ def shrink(
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
         plan = product_plan(x, factor.mT, routing, Operation.SHRINK, factor.shape[1])
-    return launch_product(
-        x,
-        factor.mT,
-        routing,
-        plan.tile,
-        plan,
-        source=source,
-        target=RowOrder.EXPERT,
-        row_scale=row_scale,
-        scale=scaling,
-    )
+    rows = Rows(source, RowOrder.EXPERT, None, row_scale)
+    return launch_product(x, factor.mT, routing, plan.tile, plan.precision, rows, scale=scaling)
 
 
 def product_plan(
-    x: Tensor, weight: Tensor, routing: Routing, operation: Operation, rank: int = 0
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    routing: Routing,
+    operation: Operation,
+    rank: int = 0,
 ) -> Plan:
     """The plan for a product of operands that were checked."""
     experts, k, n = weight.shape
     precision = current_precision(x.dtype)
-    problem = Problem(
-        operation, routing.rows, experts, k, n, rank, x.dtype, precision, w_map(weight)
-    )
+    layout = w_map(weight) if isinstance(weight, Tensor) else weight.map
+    problem = Problem(operation, routing.rows, experts, k, n, rank, x.dtype, precision, layout)
     return choose(problem, Device.of(x.device))
+
+
+def gathered(x: Tensor, routing: Routing, rows: Rows, plan: Plan) -> tuple[Tensor, Rows]:
+    """x copied into expert order where the plan says so, and the rows of the product that follows."""
+    if not plan.gather or rows.source is RowOrder.EXPERT:
+        return x, rows
+    return group(x, routing, source=rows.source), rows._replace(source=RowOrder.EXPERT)
+
+
+def dense(weight: Tensor | BlockedWeight, plan: Plan) -> Tensor:
+    """The weight as a tensor; a path that cannot take blocks refuses them."""
+    if isinstance(weight, Tensor):
+        return weight
+    raise ValueError(f"the {plan.path.value} path takes a dense weight, not blocks of experts")
 
 
 def launch_product(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     routing: Routing,
     tile: Tile,
-    plan: Plan,
+    precision: Precision,
+    rows: Rows,
     *,
-    source: RowOrder,
-    target: RowOrder,
-    bias: Tensor | None = None,
-    row_scale: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R, N])."""
-    width = weight.shape[2]
-    y = x.new_empty((routing.rows, width))
+    y = x.new_empty((routing.rows, weight.shape[2]))
     if routing.rows == 0:
         return y
+    blocks = [(0, weight)] if isinstance(weight, Tensor) else weight.blocks(x.dtype)
+    for first_expert, block in blocks:
+        _launch(x, block, y, routing, tile, precision, rows, low_rank, scale, first_expert)
+    return y
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    routing: Routing,
+    tile: Tile,
+    precision: Precision,
+    rows: Rows,
+    low_rank: tuple[Tensor, Tensor] | None,
+    scale: float,
+    first_expert: int,
+) -> None:
     layout = w_map(weight) if tile.descriptor else ""
     if tile.descriptor and not layout:
         raise ValueError(
             "the plan loads W through a tensor map, but W has shape "
             f"{list(weight.shape)}, strides {list(weight.stride())} and cannot be addressed by one"
         )
-    x_map = tile.x_descriptor and source is RowOrder.EXPERT and addressable(x)
+    by_expert = rows.source is RowOrder.EXPERT
+    x_map = tile.x_descriptor and by_expert and addressable(x)
     left, right = low_rank if low_rank is not None else (None, None)
     rank = 0 if right is None else right.shape[1]
+    block_experts, k, n = weight.shape
     first_entry, count = routing.tile_range(tile.block_m)
     scatter2scatter_launcher(
-        (count * ceil_div(width, tile.block_n),),
+        (count * ceil_div(n, tile.block_n),),
         x.device,
         (
             row_operand(x, tile) if x_map else matrix(x),
             weight_operand(weight, layout, tile),
-            None if bias is None else matrix(bias),
+            None if rows.bias is None else matrix(rows.bias),
             None if left is None else matrix(left),
             None if right is None else stack(right),
-            None if row_scale is None else row_scale.reshape(-1),
+            None if rows.row_scale is None else rows.row_scale.reshape(-1),
             matrix(y),
             routing.slots,
             routing.tiles,
             first_entry,
-            routing.fan_out(source),
-            weight.shape[1],
-            width,
+            first_expert,
+            first_expert + block_experts,
+            routing.fan_out(rows.source),
+            k,
+            n,
             rank,
             float(scale),
         ),
         warps=tile.warps,
         stages=tile.stages,
-        X_BY_EXPERT=source is RowOrder.EXPERT,
-        Y_BY_EXPERT=target is RowOrder.EXPERT,
+        X_BY_EXPERT=by_expert,
+        Y_BY_EXPERT=rows.target is RowOrder.EXPERT,
         X_DESCRIPTOR=x_map,
         W_DESCRIPTOR=layout,
-        EVEN_K=weight.shape[1] % tile.block_k == 0,
-        PRECISION=plan.precision.value,
+        EVEN_K=k % tile.block_k == 0,
+        PRECISION=precision.value,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_R=rank_block(rank),
     )
-    return y
 
 
 def rank_block(rank: int) -> int:

@@ -71,19 +71,29 @@ def group_kernel(
     tl.store(out.ptr + row * out.row + n * out.col, value, mask=n < N)
 
 
-def combine(y: Tensor, routing: Routing, *, gates: Tensor | None = None) -> Tensor:
+def combine(
+    y: Tensor, routing: Routing, *, gates: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """out[t] = sum over j of gates[t, j] y[t k + j]; without gates the plain sum.
 
     Args:
         y: [rows, N] in slot order.
         gates: [tokens, top_k], any floating dtype.
+        out: [tokens, N], dtype of y, any strides: written and returned.
 
     Returns:
         [tokens, N] in the dtype of y, rounded once.
     """
     check_rows("y", y, routing, RowOrder.SLOT)
     check_row_scale("gates", gates, routing)
-    out = y.new_empty((routing.tokens, y.shape[1]))
+    if out is None:
+        out = y.new_empty((routing.tokens, y.shape[1]))
+    elif tuple(out.shape) != (routing.tokens, y.shape[1]):
+        raise ValueError(
+            f"out must have shape {[routing.tokens, y.shape[1]]}, got {list(out.shape)}"
+        )
+    else:
+        check_same("out", out, "y", y)
     if out.numel():
         block_n = _columns(y.shape[1])
         combine_launcher(

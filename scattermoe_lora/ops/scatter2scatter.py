@@ -15,7 +15,7 @@ from .._launch import Launcher
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 
-@triton.jit(do_not_specialize=["first_entry", "scale"])
+@triton.jit(do_not_specialize=["first_entry", "first_expert", "stop_expert", "scale"])
 def scatter2scatter_kernel(
     x,
     w,
@@ -27,6 +27,8 @@ def scatter2scatter_kernel(
     slots,
     tiles,
     first_entry,
+    first_expert,
+    stop_expert,
     fan_out,
     K,
     N,
@@ -43,13 +45,19 @@ def scatter2scatter_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One [BLOCK_M, BLOCK_N] tile of y.
+    """One [BLOCK_M, BLOCK_N] tile of y, if its expert is in first_expert .. stop_expert.
 
+    w holds those experts alone; dropped rows go with the launch that has expert 0.
     X_DESCRIPTOR: x is a tensor map [rows, K], in expert order; rows past the expert's end are its
     neighbour's and are not stored. W_DESCRIPTOR: "" pointers, "kn" or "nk" a tensor map [E, ., .].
     """
     expert, row, end, column_block = locate(tiles, first_entry, N, BLOCK_M, BLOCK_N)
     if expert == UNUSED:
+        return
+    if expert == DROPPED:
+        if first_expert > 0:
+            return
+    elif (expert < first_expert) | (expert >= stop_expert):
         return
     n_start = column_block * BLOCK_N
     n = n_start + tl.arange(0, BLOCK_N)
@@ -65,7 +73,7 @@ def scatter2scatter_kernel(
         x_rows = tile_rows(slots, row, end, fan_out, X_BY_EXPERT, BLOCK_M)
         x_ptrs = x.ptr + x_rows[:, None] * x.row + k.to(tl.int64)[None, :] * x.col
     if not W_DESCRIPTOR:
-        w_expert = w.ptr + expert.to(tl.int64) * w.expert
+        w_expert = w.ptr + (expert - first_expert).to(tl.int64) * w.expert
         w_ptrs = w_expert + k.to(tl.int64)[:, None] * w.row + n.to(tl.int64)[None, :] * w.col
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k_start in range(0, K, BLOCK_K):
@@ -76,9 +84,9 @@ def scatter2scatter_kernel(
         else:
             x_tile = tl.load(x_ptrs, mask=(k_start + k < K)[None, :], other=0.0)
         if W_DESCRIPTOR == "nk":
-            w_tile = w.load([expert, n_start, k_start]).reshape(BLOCK_N, BLOCK_K).T
+            w_tile = w.load([expert - first_expert, n_start, k_start]).reshape(BLOCK_N, BLOCK_K).T
         elif W_DESCRIPTOR == "kn":
-            w_tile = w.load([expert, k_start, n_start]).reshape(BLOCK_K, BLOCK_N)
+            w_tile = w.load([expert - first_expert, k_start, n_start]).reshape(BLOCK_K, BLOCK_N)
         else:
             inside = (n < N)[None, :]
             if not EVEN_K:
@@ -111,4 +119,6 @@ def scatter2scatter_kernel(
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
 
 
-scatter2scatter_launcher = Launcher(scatter2scatter_kernel, runtime=("first_entry", "scale"))
+scatter2scatter_launcher = Launcher(
+    scatter2scatter_kernel, runtime=("first_entry", "first_expert", "stop_expert", "scale")
+)
