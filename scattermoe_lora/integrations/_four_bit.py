@@ -1,5 +1,6 @@
 """Parametrised 4-bit parameters of bitsandbytes: read, made, taken apart and put back."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,33 @@ def install(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
     replace_parameter_4bit_prequantized(
         module, name, dict(state.as_dict(packed=True)), device=packed.device
     )
+
+
+def parts(packed: Parametrised) -> dict[str, Tensor]:
+    """A packed stack as named tensors; shapes and dtypes are bytes of JSON in `quant_state`."""
+    found = {"data": packed.packed}
+    for key, value in packed.state.as_dict(packed=True).items():
+        name = "quant_state" if key.startswith("quant_state.") else key
+        found[name] = value.to(packed.packed.device)
+    return found
+
+
+def install_parts(module: nn.Module, name: str, found: dict[str, Tensor]) -> None:
+    """The inverse of `parts`, put in the place of a parameter.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    from bitsandbytes.functional import QuantState
+
+    for part in ("data", "absmax", "quant_map", "quant_state"):
+        if part not in found or found[part].numel() == 0:
+            raise ValueError(f"the checkpoint holds no {part} of the packed parameter {name}")
+    data = found["data"]
+    settings = json.loads(bytes(found["quant_state"].cpu().tolist()))
+    tables = {key: value for key, value in found.items() if key not in ("data", "quant_state")}
+    tables[f"quant_state.bitsandbytes__{settings['quant_type']}"] = found["quant_state"].cpu()
+    install(module, name, data, QuantState.from_dict(tables, device=data.device))
 
 
 def remove(module: nn.Module, name: str) -> None:
