@@ -23,6 +23,7 @@ from .ops import (
     shrink,
 )
 from .ops.lora import as_operand
+from .ops.product import BlockedWeight
 from .plan import Plan
 from .routing import Routing, RowOrder
 from .weights import LoRAWeights
@@ -42,18 +43,22 @@ CHOSEN = Plans()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What a projection is told and does not differentiate."""
+    """What a projection is told and does not differentiate.
+
+    blocks: the weight, where it is not a tensor but decoded block by block.
+    """
 
     routing: Routing
     source: RowOrder
     target: RowOrder
     scaling: float
     plans: Plans
+    blocks: BlockedWeight | None = None
 
 
 def expert_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BlockedWeight,
     routing: Routing,
     *,
     source: RowOrder,
@@ -67,7 +72,8 @@ def expert_linear(
 
     Args:
         x: [routing.row_count(source), K], fp32, fp16 or bf16.
-        weight: [experts, K, N] in the dtype of x, any strides (stored [experts, N, K]: pass its mT).
+        weight: [experts, K, N] in the dtype of x, any strides (stored [experts, N, K]: pass its mT);
+            or stored experts that are decoded block by block, in forward and again in backward.
         lora: factors in the dtype of x or fp32; their gradients come in their own dtype.
         bias: [experts, N]. gates: [tokens, top_k]; then target must be SLOT and the choices are summed.
 
@@ -82,7 +88,9 @@ def expert_linear(
         raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        if isinstance(weight, Tensor):
+            weight = weight.to(dtype)
         if lora is not None and lora.a.dtype != torch.float32:
             lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
     call = Call(
@@ -91,9 +99,11 @@ def expert_linear(
         target=target,
         scaling=1.0 if lora is None else lora.scaling,
         plans=plans,
+        blocks=None if isinstance(weight, Tensor) else weight,
     )
     a, b = (None, None) if lora is None else (lora.a, lora.b)
-    return ExpertLinear.apply(x, weight, a, b, bias, gates, call)
+    dense = weight if isinstance(weight, Tensor) else None
+    return ExpertLinear.apply(x, dense, a, b, bias, gates, call)
 
 
 class ExpertLinear(torch.autograd.Function):
@@ -158,18 +168,23 @@ def factors(a: Tensor | None, b: Tensor | None, call: Call) -> LoRAWeights | Non
 
 
 def product(
-    x: Tensor, weight: Tensor, lora: LoRAWeights | None, bias: Tensor | None, call: Call
+    x: Tensor,
+    weight: Tensor | None,
+    lora: LoRAWeights | None,
+    bias: Tensor | None,
+    call: Call,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows of a projection and, with an adapter, s x A^T."""
+    """The rows of a projection and, with an adapter, s x A^T; no weight means that of the call."""
+    stack = call.blocks if weight is None else weight
     orders = {"source": call.source, "target": call.target, "plan": call.plans.forward}
     if lora is None:
-        return scatter2scatter(x, weight, call.routing, bias=bias, **orders), None
-    return lora_forward(x, weight, lora, call.routing, bias=bias, **orders)
+        return scatter2scatter(x, stack, call.routing, bias=bias, **orders), None
+    return lora_forward(x, stack, lora, call.routing, bias=bias, **orders)
 
 
 def input_grad(
     dout: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora: LoRAWeights | None,
     gates: Tensor | None,
     dy_order: RowOrder,
@@ -183,13 +198,14 @@ def input_grad(
         down = as_operand(lora.b, dout.dtype).mT
         return None, shrink(dout, down, routing, scaling=lora.scaling, source=dy_order)
     plan = call.plans.input_grad
+    stack = call.blocks if weight is None else weight
     if lora is not None:
         return lora_input_grad(
-            dout, weight, lora, routing,
+            dout, stack, lora, routing,
             source=dy_order, target=call.source, row_scale=gates, plan=plan,
         )  # fmt: skip
     target = RowOrder.EXPERT if call.source is RowOrder.EXPERT else RowOrder.SLOT
     dx = scatter2scatter(
-        dout, weight.mT, routing, source=dy_order, target=target, row_scale=gates, plan=plan
+        dout, stack.mT, routing, source=dy_order, target=target, row_scale=gates, plan=plan
     )
     return combine(dx, routing) if call.source is RowOrder.TOKEN else dx, None

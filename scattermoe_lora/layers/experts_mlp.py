@@ -9,7 +9,7 @@ Saved for backward: x, h, the [rows, R] intermediates, and no copy of y: with d 
 gating, the gradient of a gate is <act, d> + <b2, dout>, and gating is a factor on d.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,15 +24,19 @@ from ..ops import (
     glu_forward,
     lora_weight_grad,
 )
+from ..ops.product import BlockedWeight
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
-    """One projection of the layer: weight [experts, K, N], an adapter and a bias [experts, N] or None."""
+    """One projection of the layer: weight, adapter and bias [experts, N] or None.
 
-    weight: Tensor
+    weight: [experts, K, N], or stored experts that are decoded block by block.
+    """
+
+    weight: Tensor | BlockedWeight
     lora: LoRAWeights | None = None
     bias: Tensor | None = None
     plans: Plans = Plans()
@@ -162,25 +166,25 @@ def _call(projection: Projection, routing: Routing, source: RowOrder, target: Ro
         target=target,
         scaling=1.0 if lora is None else lora.scaling,
         plans=projection.plans,
+        blocks=None if isinstance(projection.weight, Tensor) else projection.weight,
     )
 
 
 def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
     lora = projection.lora
     a, b = (None, None) if lora is None else (lora.a, lora.b)
-    return projection.weight, a, b, projection.bias
+    weight = projection.weight if isinstance(projection.weight, Tensor) else None
+    return weight, a, b, projection.bias
 
 
 def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
     lora = projection.lora
     if lora is not None and lora.a.dtype != torch.float32:
         lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
-    return Projection(
-        weight=projection.weight.to(dtype),
-        lora=lora,
-        bias=projection.bias,
-        plans=projection.plans,
-    )
+    weight = projection.weight
+    if isinstance(weight, Tensor):
+        weight = weight.to(dtype)
+    return replace(projection, weight=weight, lora=lora)
 
 
 def _check_widths(
@@ -193,7 +197,7 @@ def _check_widths(
             f"gates must have shape {[routing.tokens, routing.top_k]}, got {list(gates.shape)}"
         )
     for name, projection in (("gate_up", gate_up), ("down", down)):
-        if projection.weight.ndim != 3:
+        if len(projection.weight.shape) != 3:
             raise ValueError(
                 f"{name}.weight must be [experts, k, n], got {list(projection.weight.shape)}"
             )

@@ -1,0 +1,74 @@
+"""Stored experts as the weight of a routed product, decoded when it runs and not kept.
+
+The product asks for its weight block by block. A block is decoded into one buffer that the next block
+overwrites, so the transient is bounded by the caller's budget; backward decodes again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .active import chunks
+from .formats import StoredExperts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """The weight [experts, K, N] of a product whose experts are stored in some format.
+
+    transposed: the stored matrices are [N, K], as in nn.Linear; otherwise [K, N].
+    budget_bytes: bound of the decoded block; None decodes the whole stack at once.
+    ids: the experts to use, int64 [selected] on the device of the storage; None for all.
+
+    Raises:
+        ValueError: one expert alone exceeds the budget (when the product runs).
+    """
+
+    stored: StoredExperts
+    transposed: bool
+    budget_bytes: int | None = None
+    ids: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, K, N)."""
+        first, second = self.stored.shape
+        experts = self.stored.experts if self.ids is None else self.ids.numel()
+        return (experts, second, first) if self.transposed else (experts, first, second)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the storage is."""
+        return self.stored.device
+
+    @property
+    def mT(self) -> "StoredWeight":  # noqa: N802
+        """The stack of the transposed matrices, from the same storage."""
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def map(self) -> str:
+        """The layout of a decoded block that a tensor map can address."""
+        width_bytes = 2 * self.stored.shape[1]
+        if width_bytes % 16:
+            return ""
+        return "nk" if self.transposed else "kn"
+
+    def select(self, ids: Tensor) -> "StoredWeight":
+        """The same storage, only the experts `ids`, numbered 0 .. selected - 1."""
+        return replace(self, ids=ids)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first expert, [experts of the block, K, N]) in order; a block overwrites the last one."""
+        experts = self.shape[0]
+        ranges = [range(experts)]
+        if self.budget_bytes is not None:
+            ranges = chunks(self.stored, self.budget_bytes, dtype=dtype, experts=experts)
+        longest = max(len(part) for part in ranges)
+        buffer = torch.empty((longest, *self.stored.shape), dtype=dtype, device=self.device)
+        for part in ranges:
+            chosen = part if self.ids is None else self.ids[part.start : part.stop]
+            block = self.stored.dense(chosen, dtype=dtype, out=buffer[: len(part)])
+            yield part.start, block.mT if self.transposed else block
