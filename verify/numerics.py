@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 _TF32_DROPPED_BITS = 13
+_FUNCTION_EPSILON = 2.0**-21
+"""Relative error allowed to exp, tanh and what is built of a few fp32 operations."""
 
 
 def accumulation_epsilon(length: int) -> float:
@@ -227,3 +229,25 @@ def _carried_right(square: Tensor, variance: Tensor) -> Tensor:
 
 def _zero(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=like.device)
+
+
+def elementwise(
+    function: Callable[..., Tensor], *operands: Uncertain, scale: Tensor | None = None
+) -> Uncertain:
+    """function of operands of one shape, elementwise; errors carried to first order, operands independent.
+
+    scale: size of the largest intermediate that an fp32 evaluation of the function goes through, where it
+    cancels; that of the value unless stated.
+    """
+    leaves = [operand.value.double().detach().requires_grad_() for operand in operands]
+    with torch.enable_grad():
+        value = function(*leaves)
+        slopes = torch.autograd.grad(value.sum(), leaves, materialize_grads=True, allow_unused=True)
+    value = value.detach()
+    parts = [_squares(operand, slope) for operand, slope in zip(operands, slopes, strict=True)]
+    local, shared, drift = (
+        torch.stack([torch.as_tensor(part[i]).expand_as(value) for part in parts]).sum(0)
+        for i in range(3)
+    )
+    size = value if scale is None else scale
+    return Uncertain(value, local, shared, drift + (_FUNCTION_EPSILON * size).square())

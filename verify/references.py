@@ -151,3 +151,53 @@ def row_gradients(
         parts=parts,
     )  # fmt: skip
     return found["x"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedActivation:
+    """f(gate, up) = (up + shift) s(gate): s is a sigmoid(alpha a), or tanh-GELU where `tanh`.
+
+    limit clips gate from above and up on both sides. interleaved: gate and up alternate in h, else halves.
+    """
+
+    tanh: bool = False
+    alpha: float = 1.0
+    shift: float = 0.0
+    limit: float = float("inf")
+    interleaved: bool = False
+
+    def halves(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up columns of h [., 2 I]."""
+        if self.interleaved:
+            return h[..., 0::2], h[..., 1::2]
+        gate, up = h.chunk(2, dim=-1)
+        return gate, up
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """f, elementwise."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.tanh:
+            return up * torch.nn.functional.gelu(gate, approximate="tanh")
+        return (up + self.shift) * gate * torch.sigmoid(self.alpha * gate)
+
+
+def experts_mlp(
+    tensors: Mapping[str, Tensor], groups: Groups, activation: GatedActivation, *, scaling: float
+) -> Tensor:
+    """out[t] = sum over j of g[t, j] MLP_e(x[t]): fp64 [tokens, H].
+
+    tensors: x [T, H], gates [T, k], and of each projection p in (up, down): weight_p, and as far as present
+    lora_a_p, lora_b_p, bias_p.
+    """
+
+    def projection(name: str, x: Tensor, source: str, target: str) -> Tensor:
+        suffix = f"_{name}"
+        own = {key.removesuffix(suffix): v for key, v in tensors.items() if key.endswith(suffix)}
+        own["x"] = x
+        return expert_linear(own, groups, scaling=scaling, source=source, target=target)
+
+    h = projection("up", tensors["x"], "TOKEN", "EXPERT")
+    act = activation(*activation.halves(h))
+    y = projection("down", act, "EXPERT", "SLOT")
+    gates = tensors["gates"].double()
+    return (y.view(groups.tokens, groups.top_k, -1) * gates[..., None]).sum(1)

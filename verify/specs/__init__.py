@@ -2,6 +2,7 @@
 
 from ..spec import KernelSpec
 from .gradients import EXPERT_BIAS_GRAD, EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
+from .glu import GLU_BACKWARD, GLU_FORWARD
 from .linear import LORA_FORWARD, LORA_INPUT_GRAD, SCATTER2SCATTER, SHRINK
 from .rows import COMBINE, COMBINE_GRAD, GROUP
 
@@ -16,4 +17,6 @@ KERNELS: tuple[KernelSpec, ...] = (
     GROUP,
     COMBINE,
     COMBINE_GRAD,
+    GLU_FORWARD,
+    GLU_BACKWARD,
 )

@@ -1,0 +1,219 @@
+"""The gated activation and its gradient."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import CASES, Case
+from ..expected import Expected
+from ..inputs import Inputs, make_inputs
+from ..models import Arithmetic
+from ..numerics import Uncertain, elementwise, summed
+from ..references import GatedActivation
+from ..spec import KernelSpec, NamedPlan
+from .common import bytes_of, groups_of, ops, routing, submodule
+
+ACTIVATIONS: Mapping[str, GatedActivation] = {
+    "silu": GatedActivation(),
+    "gelu": GatedActivation(tanh=True),
+    "gpt-oss": GatedActivation(alpha=1.702, shift=1.0, limit=7.0, interleaved=True),
+    "clamped": GatedActivation(limit=2.5),
+    "gelu-interleaved": GatedActivation(tanh=True, interleaved=True),
+}
+
+
+def of_package(lib: ModuleType, activation: GatedActivation) -> Any:
+    """The package's Activation of the same formula."""
+    module = submodule(lib, "ops")
+    return module.Activation(
+        gate=module.Gate.TANH if activation.tanh else module.Gate.SIGMOID,
+        alpha=activation.alpha,
+        shift=activation.shift,
+        limit=activation.limit,
+        interleaved=activation.interleaved,
+    )
+
+
+def activation_of(case: Case) -> GatedActivation:
+    """The activation that a case is run with: they go round by its seed, sizes and routing."""
+    kinds = list(ACTIVATIONS)
+    turn = case.seed + case.tokens + case.k_in + case.rank + len(case.name)
+    return ACTIVATIONS[kinds[turn % len(kinds)]]
+
+
+def _inputs(
+    case: Case, dtype: torch.dtype, mode: str, device: torch.device, *, seed: int = 0
+) -> Inputs:
+    """h [rows, 2 I] and dact [rows, I] in expert order with I = n_out, and gates."""
+    inputs = make_inputs(case, dtype, mode, device, seed=seed).only("top_k_index")
+    generator = torch.Generator(device=device).manual_seed(case.seed + 7919 * seed + 3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    h = 2 * drawn(case.rows, 2 * case.n_out)
+    return inputs.having(
+        h=h.to(dtype),
+        dact=drawn(case.rows, case.n_out).to(dtype),
+        gates=drawn(case.tokens, case.top_k),
+    )
+
+
+def _run_forward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    del plan
+    activation = of_package(lib, activation_of(inputs.case))
+    return {"act": ops(lib).glu_forward(inputs["h"], activation)}
+
+
+def _run_backward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    del plan
+    dh, act, dgates = ops(lib).glu_backward(
+        inputs["h"],
+        inputs["dact"],
+        routing(lib, inputs),
+        of_package(lib, activation_of(inputs.case)),
+        gates=inputs["gates"],
+    )
+    return {"dh": dh, "act": act, "dgates": dgates}
+
+
+def _rows_expected(inputs: Inputs, model: Uncertain, dtype: torch.dtype) -> Expected:
+    labels = groups_of(inputs).labels("EXPERT")[: model.value.shape[0]]
+    return Expected(
+        value=model.value,
+        model=model,
+        dtype=dtype,
+        expert=labels,
+        sources=torch.full_like(labels, model.value.shape[-1]),
+        zero=torch.zeros_like(labels, dtype=torch.bool),
+    )
+
+
+def glu(h: Uncertain, activation: GatedActivation) -> Uncertain:
+    """act [., I] of h [., 2 I], not yet rounded."""
+    gate, up = (h.rearranged(lambda part, i=i: activation.halves(part)[i]) for i in (0, 1))
+    return elementwise(activation, gate, up, scale=_sizes(activation, gate, up)[0])
+
+
+def _sizes(
+    activation: GatedActivation, gate: Uncertain, up: Uncertain
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes of the value and of its derivatives by gate and up, without the cancellation in them."""
+    a = gate.value.double().clamp(max=activation.limit).abs()
+    u = up.value.double().clamp(-activation.limit, activation.limit).abs() + activation.shift
+    return a * (1 + a) * u, (1 + a).square() * u, a * (1 + a)
+
+
+def glu_gradient(
+    h: Uncertain, dact: Uncertain, gates: Tensor, activation: GatedActivation
+) -> Uncertain:
+    """dh [., 2 I] of h [., 2 I] and dact [., I], rows times gates [.], not yet rounded."""
+
+    def partial(index: int) -> Uncertain:
+        def function(gate: Tensor, up: Tensor, d: Tensor) -> Tensor:
+            value = activation(gate, up)
+            (slope,) = torch.autograd.grad(value.sum(), (gate, up)[index], create_graph=True)
+            return gates[:, None] * d * slope
+
+        halves = [h.rearranged(lambda part, i=i: activation.halves(part)[i]) for i in (0, 1)]
+        size = _sizes(activation, *halves)[1 + index]
+        factor = (gates[:, None] * dact.value.double()).abs()
+        return elementwise(function, *halves, dact, scale=size * factor)
+
+    return _joined(partial(0), partial(1), activation)
+
+
+def _joined(gate: Uncertain, up: Uncertain, activation: GatedActivation) -> Uncertain:
+    def join(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.expand(gate.value.shape), b.expand(gate.value.shape)
+        if activation.interleaved:
+            return torch.stack((a, b), dim=-1).flatten(-2)
+        return torch.cat((a, b), dim=-1)
+
+    return Uncertain(
+        join(gate.value, up.value),
+        join(gate.local, up.local),
+        join(gate.shared, up.shared),
+        join(gate.drift, up.drift),
+    )
+
+
+def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    del how
+    model = glu(Uncertain.exact(inputs["h"].double()), activation_of(inputs.case))
+    return {"act": _rows_expected(inputs, model.rounded(inputs.dtype), inputs.dtype)}
+
+
+def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    del how
+    case, dtype, activation = inputs.case, inputs.dtype, activation_of(inputs.case)
+    h, dact = (Uncertain.exact(inputs[name].double()) for name in ("h", "dact"))
+    slots = _slots(inputs)
+    gates = inputs["gates"].double().reshape(-1)[slots]
+    act = glu(h, activation)
+    dh = glu_gradient(h, dact, gates, activation).rounded(dtype)
+    dgates = summed(act.times(dact), 1).rounded(torch.float32)
+    placed = dgates.rearranged(lambda part: torch.empty_like(part).index_copy(0, slots, part))
+    placed = placed.rearranged(lambda part: part.view(case.tokens, case.top_k))
+    owner = torch.zeros(case.tokens, dtype=torch.int64, device=inputs.device)
+    return {
+        "dh": _rows_expected(inputs, dh, dtype),
+        "act": _rows_expected(inputs, act.rounded(dtype), dtype),
+        "dgates": Expected(
+            value=placed.value,
+            model=placed,
+            dtype=torch.float32,
+            expert=owner,
+            sources=torch.full_like(owner, case.n_out),
+            zero=torch.zeros_like(owner, dtype=torch.bool),
+        ),
+    }
+
+
+def _slots(inputs: Inputs) -> Tensor:
+    """Slot of every row in expert order, dropped rows last in slot order: int64 [rows]."""
+    groups = groups_of(inputs)
+    dropped = torch.ones(groups.rows, dtype=torch.bool, device=inputs.device)
+    dropped[groups.slots] = False
+    return torch.cat([groups.slots, dropped.nonzero().reshape(-1)])
+
+
+def _plans(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
+    del lib
+    kind = activation_of(inputs.case)
+    return (NamedPlan(path="interleaved" if kind.interleaved else "halves", plan=None),)
+
+
+def _cost(case: Case, dtype: torch.dtype, *, streams: int) -> tuple[float, float]:
+    elements = case.rows * case.n_out
+    return 10.0 * elements, bytes_of(dtype, streams * elements)
+
+
+GLU_FORWARD = KernelSpec(
+    name="glu_forward",
+    run=_run_forward,
+    reference=_reference_forward,
+    inputs=_inputs,
+    cases=CASES,
+    plans=_plans,
+    cost=lambda case, dtype: _cost(case, dtype, streams=3),
+    modes=("balanced",),
+    source="ops/glu.py",
+    ops=("glu_forward",),
+)
+GLU_BACKWARD = KernelSpec(
+    name="glu_backward",
+    run=_run_backward,
+    reference=_reference_backward,
+    prepare=routing,
+    inputs=_inputs,
+    cases=CASES,
+    plans=_plans,
+    cost=lambda case, dtype: _cost(case, dtype, streams=6),
+    modes=("balanced",),
+    source="ops/glu.py",
+    ops=("glu_backward",),
+)
