@@ -30,6 +30,7 @@ COMPONENTS = (
     "autograd",
     "layers",
     "integrations",
+    "compat_selective",
     "compat",
 )
 # Judge: what imports only what stands before it; other modules of verify serve all or use all.
