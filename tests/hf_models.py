@@ -1,7 +1,7 @@
 """Tiny random models of several families, and how their outputs are judged.
 
-A model under test is judged against the same model in fp64 with transformers' eager experts, by twice the error that
-eager experts make in the precision of the test, whole tensors and by norm.
+A model under test is judged against the same model in fp64 with transformers' eager experts, by
+twice the error that eager experts make in the precision of the test, whole tensors and by norm.
 """
 
 import copy
@@ -20,8 +20,8 @@ _COMMON = {
     "pad_token_id": 0,
 }
 _SMALL = {"intermediate_size": INTERMEDIATE, "num_experts_per_tok": TOP_K}
-_MOE = {"moe_intermediate_size": INTERMEDIATE, "intermediate_size": 48, "num_experts_per_tok": TOP_K}
-_DEEPSEEK = {
+_MOE = {"moe_intermediate_size": INTERMEDIATE, "intermediate_size": 48, "num_experts_per_tok":
+TOP_K} _DEEPSEEK = {
     "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
     "n_group": 2,

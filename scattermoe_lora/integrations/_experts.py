@@ -5,16 +5,23 @@ parameters, are
 all that is read here: never a class name, a position in the model, or a configuration.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..quant import Dense, StoredExperts, stored_experts
+from ..quant.weight import StoredWeight
 
 KEY = __name__.partition(".")[0]
 """The name under which the layer is registered: the name this package was imported by."""
+
+
+DECODED_BYTES = 256 * 2**20
+"""Bound of the experts of one projection that are decoded at a time, where one expert fits into
+it."""
 
 
 class UnsupportedExpertsError(TypeError):
@@ -126,12 +133,25 @@ def stored_weight(module: nn.Module, name: str) -> StoredExperts:
     return stored
 
 
-def weight_view(stored: StoredExperts, *, transposed: bool) -> Any:
-    """A stored stack as the weight [experts, in, out] of a projection."""
+def projection_weight(
+    module: nn.Module, name: str, layout: ExpertsLayout
+) -> tuple[Tensor | StoredWeight, torch.dtype]:
+    """The weight [experts, in, out] of a projection and the dtype that it is computed in.
+
+    A dense parameter is a view of it; stored experts are decoded block by block where they are
+    used.
+
+    Raises:
+        RuntimeError, AttributeError, TypeError, ValueError: as `stored_weight`.
+    """
+    stored = stored_weight(module, name)
     if isinstance(stored, Dense):
-        return stored.data if transposed else stored.data.mT
-    dense = stored.dense(dtype=stored.dtype)
-    return dense if transposed else dense.mT
+        return stored.data if layout.transposed else stored.data.mT, stored.dtype
+    one = math.prod(stored.shape) * stored.dtype.itemsize
+    weight = StoredWeight(
+        stored=stored, transposed=not layout.transposed, budget_bytes=max(DECODED_BYTES, one)
+    )
+    return weight, stored.dtype
 
 
 def bias_of(module: nn.Module, name: str, layout: ExpertsLayout) -> Tensor | None:

@@ -10,13 +10,16 @@ undoes it.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import _merge
+from ._checkpoints import load_factors, new_wrappers, written_version
 from ._coverage import AdapterRow, Coverage, ParameterRow, check_targets, coverage_of
 from ._experts import KEY, ExpertsLayout, experts_modules, implementation
 from ._factors import active_factors
@@ -40,6 +43,7 @@ __all__ = [
     "coverage",
     "detach",
     "expert_parameters",
+    "load_adapter",
     "merge",
     "unmerge",
 ]
@@ -196,6 +200,38 @@ def coverage(model: nn.Module) -> Coverage:
         ValueError, UnsupportedExpertsError: as `experts_modules`.
     """
     return coverage_of(model, wrapper_chains(model))
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    written_by: str | None = None,
+) -> PeftModel:
+    """Load an adapter that any version of PEFT wrote, on dense or on quantised experts, and attach
+    it.
+
+    PEFT itself reads only the layout of its own version, and pairs factors with parameters by the
+    nesting of its wrappers. `save_pretrained` of an attached model writes what PEFT expects on a
+    dense model.
+
+    Args:
+        model: with or without adapters. trainable: train the adapter on.
+        written_by: the version of PEFT that wrote the checkpoint, where it does not say.
+
+    Raises:
+        ValueError: the version is not known; factors and parameters do not fit; or as `attach`.
+    """
+    directory = Path(directory)
+    version = written_version(directory, written_by)
+    config = PeftConfig.from_pretrained(str(directory))
+    config.inference_mode = not trainable
+    adapted = new_wrappers(model, config, adapter_name)
+    attach(adapted)
+    load_factors(adapted, directory, adapter_name, version)
+    return adapted
 
 
 def merge(

@@ -28,8 +28,7 @@ from ._experts import (
     UnsupportedExpertsError,
     bias_of,
     experts_modules,
-    stored_weight,
-    weight_view,
+    projection_weight,
 )
 from .model_types import MoEShape, moe_shape, resolve_model_type
 
@@ -73,12 +72,12 @@ def experts_forward(
             gathered.
     """
     layout = ExpertsLayout.of(self)
-    up = _projection(self, layout.up, layout, adapters)
-    down = _projection(self, layout.down, layout, adapters)
+    up, dtype = _projection(self, layout.up, layout, adapters)
+    down, _ = _projection(self, layout.down, layout, adapters)
     routing = Routing.from_top_k(top_k_index, up.weight.shape[0], sentinels=True)
     hidden = hidden_states
     if not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(up.weight.dtype)
+        hidden = hidden.to(dtype)
     activation = fused_activation(self) if layout.gated else None
     if activation is not None:
         out = experts_mlp(
@@ -96,12 +95,12 @@ def register() -> None:
 
 def _projection(
     module: nn.Module, name: str, layout: ExpertsLayout, adapters: Mapping[str, LoRAWeights]
-) -> Projection:
-    return Projection(
-        weight=weight_view(stored_weight(module, name), transposed=layout.transposed),
-        lora=adapters.get(name),
-        bias=bias_of(module, name, layout),
-    )
+) -> tuple[Projection, torch.dtype]:
+    weight, dtype = projection_weight(module, name, layout)
+    lora = adapters.get(name)
+    if lora is not None and lora.a.dtype not in (torch.float32, dtype):
+        lora = LoRAWeights(a=lora.a.float(), b=lora.b.float(), scaling=lora.scaling)
+    return Projection(weight=weight, lora=lora, bias=bias_of(module, name, layout)), dtype
 
 
 def _unfused(

@@ -1,0 +1,135 @@
+"""Adapter checkpoints of any version of PEFT, on dense and on quantised experts.
+
+A checkpoint names a factor by the depth of its wrapper, not by its parameter, and its layout
+depends on the version that wrote it. Which parameter a pair belongs to follows from its sizes,
+which gate_up and down cannot share; its layout follows from the version alone, since a square
+projection has one shape either way.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+
+from ..weights import LoRAWeights
+from ._experts import ExpertsLayout, experts_modules, stored_weight
+from ._factors import to_peft, version_swaps, wrapper_swaps
+from ._wrappers import WrapperChain, wrapper_chains
+
+_FACTOR = re.compile(r"^(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight$")
+
+
+def new_wrappers(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
+    """PEFT's wrappers for a configuration, whose targets on expert parameters are spelled out."""
+    config.target_parameters = full_names(model, config.target_parameters)
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def full_names(model: nn.Module, targets: list[str] | None) -> list[str] | None:
+    """Entries of target_parameters with those on expert parameters replaced by full names.
+
+    PEFT finds a quantised parameter by its full name only.
+    """
+    if not targets:
+        return targets
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    known = [
+        f"{name}.{parameter}".replace(".base_layer", "")
+        for name, module in experts_modules(base).items()
+        for parameter in ExpertsLayout.of(module).projections
+    ]
+    names: list[str] = []
+    for target in targets:
+        matched = [name for name in known if name == target or name.endswith(f".{target}")]
+        names += matched or [target]
+    return list(dict.fromkeys(names))
+
+
+def written_version(directory: Path, written_by: str | None) -> str:
+    """The version of PEFT that wrote a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint does not say, and `written_by` is not given.
+    """
+    config = json.loads((directory / "adapter_config.json").read_text())
+    version = written_by or config.get("peft_version")
+    if not version:
+        raise ValueError(
+            f"{directory} does not say which version of PEFT wrote it, and the layout depends on "
+            "it: pass written_by"
+        )
+    return str(version).partition("@")[0]
+
+
+def load_factors(model: PeftModel, directory: Path, adapter_name: str, version: str) -> None:
+    """Fill the adapter's parameters from a checkpoint.
+
+    Raises:
+        ValueError: a factor fits no parameter, or a parameter gets none.
+    """
+    state = load_peft_weights(str(directory), device="cpu")
+    pairs: dict[str, dict[str, dict[str, Tensor]]] = {}
+    chains = {chain.name: chain for chain in wrapper_chains(model)}
+    rest = {}
+    for key, value in state.items():
+        match = _FACTOR.match(key)
+        if match is None or match["path"] not in chains:
+            rest[key] = value
+            continue
+        found = pairs.setdefault(match["path"], {}).setdefault(match["depth"], {})
+        found[match["factor"]] = value
+    for name, chain in chains.items():
+        _fill(chain, pairs.get(name, {}), adapter_name, version)
+    if rest:
+        set_peft_model_state_dict(model, rest, adapter_name=adapter_name)
+
+
+@torch.no_grad()
+def _fill(
+    chain: WrapperChain,
+    pairs: Mapping[str, Mapping[str, Tensor]],
+    adapter: str,
+    version: str,
+) -> None:
+    transposed = ExpertsLayout.of(chain.experts).transposed
+    swapped = version_swaps(version, transposed=transposed)
+    waiting = [wrapper for wrapper in chain.adapting if adapter in wrapper.lora_A]
+    for pair in pairs.values():
+        fitting = [entry for entry in waiting if _fits(entry, chain.experts, pair, swapped=swapped)]
+        if len(fitting) != 1:
+            sizes = {name: list(value.shape) for name, value in pair.items()}
+            raise ValueError(
+                f"the checkpoint holds factors of shapes {sizes} for {chain.name}, which fit "
+                f"{len(fitting)} of its parameters as PEFT {version} lays them out"
+            )
+        wrapper = fitting[0]
+        waiting.remove(wrapper)
+        lora = LoRAWeights.from_peft(
+            pair["A"],
+            pair["B"],
+            experts=wrapper.num_experts,
+            scaling=1.0,
+            swapped=swapped,
+            transposed=transposed,
+        )
+        a, b = to_peft(lora, swapped=wrapper_swaps(wrapper), transposed=transposed)
+        wrapper.lora_A[adapter].weight.copy_(a)
+        wrapper.lora_B[adapter].weight.copy_(b)
+    if waiting:
+        names = ", ".join(wrapper.parameter_name for wrapper in waiting)
+        raise ValueError(f"the checkpoint holds no factors for {names} of {chain.name}")
+
+
+def _fits(wrapper: Any, experts: nn.Module, pair: Mapping[str, Tensor], *, swapped: bool) -> bool:
+    first, second = stored_weight(experts, wrapper.parameter_name).shape
+    a, b = (second, first) if swapped else (first, second)
+    return pair["A"].shape[1] == a and pair["B"].shape[0] == b
