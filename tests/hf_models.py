@@ -20,8 +20,8 @@ _COMMON = {
     "pad_token_id": 0,
 }
 _SMALL = {"intermediate_size": INTERMEDIATE, "num_experts_per_tok": TOP_K}
-_MOE = {"moe_intermediate_size": INTERMEDIATE, "intermediate_size": 48, "num_experts_per_tok":
-TOP_K} _DEEPSEEK = {
+_MOE = {**_SMALL, "moe_intermediate_size": INTERMEDIATE, "intermediate_size": 48}
+_DEEPSEEK = {
     "n_routed_experts": EXPERTS,
     "n_shared_experts": 1,
     "n_group": 2,
@@ -125,7 +125,5 @@ def assert_as_good(got, plain, truth):
         # A tensor that plain torch gets exactly right is right to the rounding of its dtype.
         floor = torch.finfo(got[name].dtype).eps
         limit = 2 * errors[1] + floor
-        assert scale == 0 or errors[0] <= limit, (
-            f"{name}: error {errors[0]:.3g}, limit {limit:.3g}"
-        )
+        assert scale == 0 or errors[0] <= limit, f"{name}: error {errors[0]:.3g}, limit {limit:.3g}"
         assert scale > 0 or not got[name].any(), f"{name} should be exactly zero"
