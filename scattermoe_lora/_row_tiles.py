@@ -10,6 +10,8 @@ are in use is known on the device alone; the table has the largest possible leng
 left over has expert = UNUSED.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,13 +33,15 @@ def row_tile_count(rows: int, experts: int, block_m: int) -> int:
     return rows // block_m + min(experts + 1, rows)
 
 
-def row_tile_start(rows: int, experts: int, block_m: int) -> int:
-    """First entry of the table for tiles of `block_m` rows."""
+@lru_cache(maxsize=4096)
+def row_tile_range(rows: int, experts: int, block_m: int) -> tuple[int, int]:
+    """First entry and number of entries of the table for tiles of `block_m` rows."""
     if block_m not in ROW_TILES:
         raise ValueError(f"block_m must be one of {ROW_TILES}, got {block_m}")
     level = ROW_TILES.index(block_m)
     above = sum(rows // height for height in ROW_TILES[:level])
-    return above + level * min(experts + 1, rows)
+    start = above + level * min(experts + 1, rows)
+    return start, row_tile_count(rows, experts, block_m)
 
 
 def row_tile_entries(rows: int, experts: int) -> int:
@@ -58,7 +62,13 @@ def row_tiles(offsets: Tensor, *, rows: int, experts: int) -> Tensor:
         require_supported(torch.int32, offsets.device)
         bins = group_bins(experts)
         row_tiles_launcher(
-            (experts + 2,), offsets.device, (tiles, offsets, rows, experts), warps=4, BINS=bins
+            (experts + 2, 1, 1),
+            offsets.device,
+            (tiles, offsets, rows, experts),
+            form=(),
+            pointers=offsets.data_ptr(),
+            warps=4,
+            BINS=bins,
         )
     return tiles
 
@@ -100,4 +110,4 @@ def write_group_tiles(tiles, sizes, group, rows, experts, BINS: tl.constexpr):
         table += capacity
 
 
-row_tiles_launcher = Launcher(row_tiles_kernel, runtime=("rows", "experts"))
+row_tiles_launcher = Launcher(row_tiles_kernel)

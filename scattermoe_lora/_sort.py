@@ -47,13 +47,23 @@ def sort_by_expert(ids: Tensor, experts: int) -> Sorted:
         offsets.zero_()
         return result
     require_supported(torch.int32, ids.device)
+    pointers = ids.data_ptr()
     count_launcher(
-        (chunks,), ids.device, (ids, counts, rows, experts), warps=4, BINS=bins, CHUNK=chunk
+        (chunks, 1, 1),
+        ids.device,
+        (ids, counts, rows, experts),
+        form=(ids.dtype,),
+        pointers=pointers,
+        warps=4,
+        BINS=bins,
+        CHUNK=chunk,
     )
     place_launcher(
-        (chunks + experts + 2,),
+        (chunks + experts + 2, 1, 1),
         ids.device,
         (ids, counts, slots, expert_of_row, offsets, tiles, rows, experts, chunks),
+        form=(ids.dtype,),
+        pointers=pointers,
         warps=4,
         BINS=bins,
         CHUNK=chunk,
@@ -122,5 +132,5 @@ def place_kernel(
         write_group_tiles(tiles, sizes, group, rows, experts, BINS)
 
 
-count_launcher = Launcher(count_kernel, runtime=("rows", "experts"))
-place_launcher = Launcher(place_kernel, runtime=("rows", "experts", "chunks"))
+count_launcher = Launcher(count_kernel)
+place_launcher = Launcher(place_kernel)

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops import (
-    combine,
-    combine_grad,
-    expert_bias_grad,
-    expert_weight_grad,
-    lora_forward,
-    lora_input_grad,
-    lora_weight_grad,
-    scatter2scatter,
-    shrink,
+from .ops import combine, combine_grad, expert_bias_grad, expert_weight_grad, shrink
+from .ops._check import (
+    check_bias,
+    check_lora,
+    check_row_scale,
+    check_rows,
+    check_target,
+    check_weight,
 )
-from .ops.lora import as_operand
-from .ops.product import BlockedWeight
-from .plan import Plan
+from .ops.lora import as_operand, lora_rows
+from .ops.product import BlockedWeight, Rows, product_rows
+from .ops.weight_grad import lora_grads
+from .plan import Operation, Plan
 from .routing import Routing, RowOrder
 from .weights import LoRAWeights
 
@@ -93,6 +92,9 @@ def expert_linear(
             weight = weight.to(dtype)
         if lora is not None and lora.a.dtype != torch.float32:
             lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+    check_projection(x, weight, lora, bias, routing, source)
+    check_target(target)
+    check_row_scale("gates", gates, routing)
     call = Call(
         routing=routing,
         source=source,
@@ -112,7 +114,7 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, a, b, bias, gates, call: Call):
         """x, weight, a, b, bias, gates as in `expert_linear`; a and b together or neither."""
-        y, xa = product(x, weight, factors(a, b, call), bias, call)
+        y, xa = product(x, weight, a, b, bias, call)
         wants_gates = gates is not None and ctx.needs_input_grad[5]
         wants_x = any(ctx.needs_input_grad[index] for index in (1, 2, 3))
         ctx.call = call
@@ -131,25 +133,16 @@ class ExpertLinear(torch.autograd.Function):
         call: Call = ctx.call
         routing = call.routing
         needs = ctx.needs_input_grad
-        lora = factors(a, b, call)
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         dy_order = call.target if gates is None else RowOrder.TOKEN
         dx = dweight = da = db = dbias = dgates = yb = None
         if needs[0] or needs[2] or needs[3]:
-            dx, yb = input_grad(dout, weight, lora, gates, dy_order, call, wants_dx=needs[0])
+            dx, yb = input_grad(dout, weight, a, b, gates, dy_order, call, wants_dx=needs[0])
         if needs[2] or needs[3]:
-            da, db = lora_weight_grad(
-                x,
-                dout,
-                xa,
-                yb,
-                lora,
-                routing,
-                x_order=call.source,
-                dy_order=dy_order,
-                row_scale=gates,
-                plan=call.plans.weight_grad,
+            plan = call.plans.weight_grad
+            da, db = lora_grads(
+                x, dout, xa, yb, a, b, call.scaling, routing, call.source, dy_order, gates, plan
             )
         orders = {"x_order": call.source, "dy_order": dy_order, "row_scale": gates}
         if needs[1]:
@@ -162,30 +155,49 @@ class ExpertLinear(torch.autograd.Function):
         return dx, dweight, da, db, dbias, dgates, None
 
 
-def factors(a: Tensor | None, b: Tensor | None, call: Call) -> LoRAWeights | None:
-    """The adapter of a call, or None."""
-    return None if a is None else LoRAWeights(a=a, b=b, scaling=call.scaling)
+def check_projection(
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    lora: LoRAWeights | None,
+    bias: Tensor | None,
+    routing: Routing,
+    source: RowOrder,
+) -> None:
+    """Everything that a projection and its gradients demand of their operands.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit.
+    """
+    check_rows("x", x, routing, source)
+    check_weight("weight", weight, x, routing)
+    if lora is not None:
+        check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
+    check_bias(bias, routing, weight.shape[2], x.device)
 
 
 def product(
     x: Tensor,
     weight: Tensor | None,
-    lora: LoRAWeights | None,
+    a: Tensor | None,
+    b: Tensor | None,
     bias: Tensor | None,
     call: Call,
 ) -> tuple[Tensor, Tensor | None]:
     """The rows of a projection and, with an adapter, s x A^T; no weight means that of the call."""
     stack = call.blocks if weight is None else weight
-    orders = {"source": call.source, "target": call.target, "plan": call.plans.forward}
-    if lora is None:
-        return scatter2scatter(x, stack, call.routing, bias=bias, **orders), None
-    return lora_forward(x, stack, lora, call.routing, bias=bias, **orders)
+    rows = Rows(call.source, call.target, bias)
+    plan = call.plans.forward
+    if a is None:
+        return product_rows(x, stack, call.routing, rows, plan), None
+    operation = Operation.LORA_FORWARD
+    return lora_rows(x, stack, a, b, call.scaling, call.routing, operation, rows, plan)
 
 
 def input_grad(
     dout: Tensor,
     weight: Tensor | None,
-    lora: LoRAWeights | None,
+    a: Tensor | None,
+    b: Tensor | None,
     gates: Tensor | None,
     dy_order: RowOrder,
     call: Call,
@@ -195,17 +207,15 @@ def input_grad(
     """The gradient of x, summed over the choices where tokens share a row, and s dy B."""
     routing = call.routing
     if not wants_dx:
-        down = as_operand(lora.b, dout.dtype).mT
-        return None, shrink(dout, down, routing, scaling=lora.scaling, source=dy_order)
+        down = as_operand(b, dout.dtype).mT
+        return None, shrink(dout, down, routing, scaling=call.scaling, source=dy_order)
     plan = call.plans.input_grad
-    stack = call.blocks if weight is None else weight
-    if lora is not None:
-        return lora_input_grad(
-            dout, stack, lora, routing,
-            source=dy_order, target=call.source, row_scale=gates, plan=plan,
-        )  # fmt: skip
-    target = RowOrder.EXPERT if call.source is RowOrder.EXPERT else RowOrder.SLOT
-    dx = scatter2scatter(
-        dout, stack.mT, routing, source=dy_order, target=target, row_scale=gates, plan=plan
-    )
-    return combine(dx, routing) if call.source is RowOrder.TOKEN else dx, None
+    stack = (call.blocks if weight is None else weight).mT
+    rows = Rows(dy_order, call.source, None, gates)
+    if a is not None:
+        operation = Operation.LORA_INPUT_GRAD
+        return lora_rows(dout, stack, b.mT, a.mT, call.scaling, routing, operation, rows, plan)
+    if call.source is not RowOrder.TOKEN:
+        return product_rows(dout, stack, routing, rows, plan), None
+    rows = rows._replace(target=RowOrder.SLOT)
+    return combine(product_rows(dout, stack, routing, rows, plan), routing), None

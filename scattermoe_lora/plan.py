@@ -154,7 +154,7 @@ def _cuda_device(index: int) -> Device:
 
 
 class Problem(NamedTuple):
-    """The facts about operands that a plan may depend on; a tuple, because one is made per launch.
+    """The facts about operands that a plan may depend on.
 
     rows: routed rows. k: reduction width (in weight gradients, output rows). n: output width.
     rank: 0 without LoRA. w_map: the layout of W that a tensor map can address, "nk", "kn", or "".
@@ -182,6 +182,25 @@ def choose(problem: Problem, device: Device) -> Plan:
     """The plan for a problem on a device; of the rows it sees the power of two of rows per expert."""
     bucket = problem.experts * _rows_per_expert(problem)
     return _choose(problem._replace(rows=bucket), device)
+
+
+@lru_cache(maxsize=4096)
+def plan_for(
+    operation: Operation,
+    rows_per_expert: int,
+    experts: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtype: torch.dtype,
+    precision: Precision,
+    layout: str,
+    device: torch.device,
+) -> Plan:
+    """`choose` for the operands of a launch, by its plain facts: making a Problem costs more."""
+    rows = rows_per_expert * experts
+    problem = Problem(operation, rows, experts, k, n, rank, dtype, precision, layout)
+    return choose(problem, Device.of(device))
 
 
 GATHER_WIDTH = 8192

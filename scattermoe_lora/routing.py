@@ -13,12 +13,12 @@ offsets[experts] .. rows are dropped.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ._row_tiles import row_tile_count, row_tile_start, row_tiles
+from ._row_tiles import row_tiles
 from ._sort import sort_by_expert
 
 
@@ -48,11 +48,11 @@ class Routing:
     tokens: int
     top_k: int
     experts: int
+    rows: int = field(init=False)
+    """Number of rows, tokens * top_k, dropped ones included."""
 
-    @property
-    def rows(self) -> int:
-        """Number of rows, tokens * top_k, dropped ones included."""
-        return self.tokens * self.top_k
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", self.tokens * self.top_k)
 
     @property
     def device(self) -> torch.device:
@@ -66,13 +66,6 @@ class Routing:
     def fan_out(self, order: RowOrder) -> int:
         """Slots per operand row: slot s reads row s // fan_out (TOKEN and SLOT orders)."""
         return self.top_k if order is RowOrder.TOKEN else 1
-
-    def tile_range(self, block_m: int) -> tuple[int, int]:
-        """First entry and number of entries of the table for tiles of `block_m` rows."""
-        return (
-            row_tile_start(self.rows, self.experts, block_m),
-            row_tile_count(self.rows, self.experts, block_m),
-        )
 
     @classmethod
     def from_top_k(

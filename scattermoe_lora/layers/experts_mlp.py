@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..autograd import Call, Plans, factors, input_grad, product
+from ..autograd import Call, Plans, check_projection, input_grad, product
 from ..ops import (
     Activation,
     combine,
@@ -22,9 +22,10 @@ from ..ops import (
     expert_weight_grad,
     glu_backward,
     glu_forward,
-    lora_weight_grad,
 )
+from ..ops._check import check_bias, check_lora, check_weight
 from ..ops.product import BlockedWeight
+from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 
@@ -79,6 +80,8 @@ def experts_mlp(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
+    check_projection(hidden, gate_up.weight, gate_up.lora, gate_up.bias, routing, RowOrder.TOKEN)
+    check_down(hidden, down, routing)
     call = LayerCall(
         gate_up=_call(gate_up, routing, RowOrder.TOKEN, RowOrder.EXPERT),
         down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
@@ -93,9 +96,9 @@ class ExpertsMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, call: LayerCall):
         """Operands as in `experts_mlp`; a and b of a projection together or neither."""
-        h, xa1 = product(x, w1, factors(a1, b1, call.gate_up), bias1, call.gate_up)
+        h, xa1 = product(x, w1, a1, b1, bias1, call.gate_up)
         act = glu_forward(h, call.activation)
-        y, xa2 = product(act, w2, factors(a2, b2, call.down), bias2, call.down)
+        y, xa2 = product(act, w2, a2, b2, bias2, call.down)
         ctx.call = call
         ctx.save_for_backward(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2)
         return combine(y, call.gate_up.routing, gates=gates)
@@ -111,9 +114,8 @@ class ExpertsMLP(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 11
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        lora1, lora2 = factors(a1, b1, call.gate_up), factors(a2, b2, call.down)
 
-        dact, yb2 = input_grad(dout, w2, lora2, None, RowOrder.TOKEN, call.down, wants_dx=True)
+        dact, yb2 = input_grad(dout, w2, a2, b2, None, RowOrder.TOKEN, call.down, wants_dx=True)
         dh, act, dgates = glu_backward(h, dact, routing, call.activation, gates=gates)
         del dact
         if needs[1]:
@@ -121,7 +123,10 @@ class ExpertsMLP(torch.autograd.Function):
         orders = {"x_order": RowOrder.EXPERT, "dy_order": RowOrder.TOKEN, "row_scale": gates}
         if needs[7] or needs[8]:
             plan = call.down.plans.weight_grad
-            grads[7:9] = lora_weight_grad(act, dout, xa2, yb2, lora2, routing, plan=plan, **orders)
+            grads[7:9] = lora_grads(
+                act, dout, xa2, yb2, a2, b2, call.down.scaling, routing,
+                RowOrder.EXPERT, RowOrder.TOKEN, gates, plan,
+            )  # fmt: skip
         if needs[6]:
             grads[6] = expert_weight_grad(act, dout, routing, **orders)
         if needs[9]:
@@ -132,12 +137,15 @@ class ExpertsMLP(torch.autograd.Function):
         yb1 = None
         if needs[0] or needs[3] or needs[4]:
             grads[0], yb1 = input_grad(
-                dh, w1, lora1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
+                dh, w1, a1, b1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
             )
         orders = {"x_order": RowOrder.TOKEN, "dy_order": RowOrder.EXPERT}
         if needs[3] or needs[4]:
             plan = call.gate_up.plans.weight_grad
-            grads[3:5] = lora_weight_grad(x, dh, xa1, yb1, lora1, routing, plan=plan, **orders)
+            grads[3:5] = lora_grads(
+                x, dh, xa1, yb1, a1, b1, call.gate_up.scaling, routing,
+                RowOrder.TOKEN, RowOrder.EXPERT, None, plan,
+            )  # fmt: skip
         if needs[2]:
             grads[2] = expert_weight_grad(x, dh, routing, **orders)
         if needs[5]:
@@ -185,6 +193,15 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
     if isinstance(weight, Tensor):
         weight = weight.to(dtype)
     return replace(projection, weight=weight, lora=lora)
+
+
+def check_down(hidden: Tensor, down: Projection, routing: Routing) -> None:
+    """What the second projection demands; its input is made by the layer, in the dtype of hidden."""
+    k, n = down.weight.shape[1:]
+    check_weight("down.weight", down.weight, hidden.new_empty((0, k)), routing)
+    if down.lora is not None:
+        check_lora(down.lora, routing, k, n, hidden)
+    check_bias(down.bias, routing, n, hidden.device)
 
 
 def _check_widths(

@@ -63,7 +63,7 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
     if act.numel():
         block = _block(act.shape[1])
         glu_forward_launcher(
-            (h.shape[0], ceil_div(act.shape[1], block)),
+            (h.shape[0], ceil_div(act.shape[1], block), 1),
             h.device,
             (
                 matrix(h),
@@ -73,6 +73,8 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
                 activation.shift,
                 activation.limit,
             ),
+            form=(h.dtype, h.stride(), h.shape[1]),
+            pointers=h.data_ptr(),
             warps=4,
             TANH=activation.gate is Gate.TANH,
             CLAMPED=math.isfinite(activation.limit),
@@ -110,13 +112,15 @@ def glu_backward(
     act = h.new_empty(dact.shape)
     dgates = h.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
+        gates = None if gates is None else gates.reshape(-1)
+        pointers = h.data_ptr() | dact.data_ptr() | routing.slots.data_ptr()
         glu_backward_launcher(
-            (routing.rows,),
+            (routing.rows, 1, 1),
             h.device,
             (
                 matrix(h),
                 matrix(dact),
-                None if gates is None else gates.reshape(-1),
+                gates,
                 matrix(dh),
                 matrix(act),
                 dgates,
@@ -126,6 +130,14 @@ def glu_backward(
                 activation.shift,
                 activation.limit,
             ),
+            form=(
+                h.dtype,
+                h.stride(),
+                h.shape[1],
+                dact.stride(),
+                None if gates is None else gates.dtype,
+            ),
+            pointers=pointers if gates is None else pointers | gates.data_ptr(),
             warps=4,
             TANH=activation.gate is Gate.TANH,
             CLAMPED=math.isfinite(activation.limit),
@@ -253,7 +265,7 @@ def _block(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 1024)
 
 
-glu_forward_launcher = Launcher(glu_forward_kernel, runtime=("alpha", "shift", "limit"))
+glu_forward_launcher = Launcher(glu_forward_kernel)
 
 
-glu_backward_launcher = Launcher(glu_backward_kernel, runtime=("alpha", "shift", "limit"))
+glu_backward_launcher = Launcher(glu_backward_kernel)

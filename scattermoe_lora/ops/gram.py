@@ -133,17 +133,28 @@ def launch_gram(
     programs = _programs(first[4], routing, plan)
     total = programs + (0 if second is None else _programs(second[4], routing, plan))
     _, p_order, _, q_order, _ = second if second is not None else first
+    if row_scale is not None:
+        row_scale = row_scale.reshape(-1)
+    pointers = routing.slots.data_ptr() | routing.offsets.data_ptr()
+    pointers |= 0 if row_scale is None else row_scale.data_ptr()
+    form: tuple[Any, ...] = (None if row_scale is None else row_scale.dtype,)
+    for p, p_row, q, q_row, out in products:
+        pointers |= p.data_ptr() | q.data_ptr()
+        form += (p.dtype, p.stride(), q.stride(), out.dtype, out.stride(), out.shape[1:])
+        form += (routing.fan_out(p_row), routing.fan_out(q_row))
     gram_launcher(
-        (total,),
+        (total, 1, 1),
         routing.device,
         (
             _gram(first, routing),
             None if second is None else _gram(second, routing),
-            None if row_scale is None else row_scale.reshape(-1),
+            row_scale,
             routing.slots,
             routing.offsets,
             programs,
         ),
+        form=form,
+        pointers=pointers,
         warps=tile.warps,
         stages=tile.stages,
         FIRST_P_BY_EXPERT=first[1] is RowOrder.EXPERT,
@@ -179,4 +190,4 @@ def _gram(product: tuple[Tensor, RowOrder, Tensor, RowOrder, Tensor], routing: R
     )
 
 
-gram_launcher = Launcher(gram_kernel, runtime=("programs",))
+gram_launcher = Launcher(gram_kernel)

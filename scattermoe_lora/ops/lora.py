@@ -7,10 +7,12 @@ The input gradient is the forward product of dy with the transposed weight and t
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import Operation, Path, Plan
 from ..routing import Routing, RowOrder
@@ -29,6 +31,9 @@ from .product import (
     rank_block,
 )
 from .rows import combine
+
+HALVED_BYTES = 2**25
+"""Rows of a summed gradient from which they are made in two halves: 32 MiB, more than it costs in launches."""
 
 
 def lora_forward(
@@ -59,7 +64,7 @@ def lora_forward(
     """
     check_target(target)
     rows = Rows(source, target, bias, row_scale)
-    return _lora_product(x, weight, lora, routing, Operation.LORA_FORWARD, rows, plan)
+    return _checked(x, weight, lora, routing, Operation.LORA_FORWARD, rows, plan)
 
 
 def lora_input_grad(
@@ -85,10 +90,10 @@ def lora_input_grad(
     """
     rows = Rows(source, target, None, row_scale)
     operation = Operation.LORA_INPUT_GRAD
-    return _lora_product(dy, weight.mT, lora.transposed, routing, operation, rows, plan)
+    return _checked(dy, weight.mT, lora.transposed, routing, operation, rows, plan)
 
 
-def _lora_product(
+def _checked(
     x: Tensor,
     weight: Tensor | BlockedWeight,
     lora: LoRAWeights,
@@ -97,18 +102,35 @@ def _lora_product(
     rows: Rows,
     plan: Plan | None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows of a LoRA product, and s x A^T; target TOKEN sums the rows of a token."""
     check_rows("x", x, routing, rows.source)
     check_weight("weight", weight, x, routing)
     check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
     check_bias(rows.bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", rows.row_scale, routing)
+    return lora_rows(x, weight, lora.a, lora.b, lora.scaling, routing, operation, rows, plan)
+
+
+def lora_rows(
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    routing: Routing,
+    operation: Operation,
+    rows: Rows,
+    plan: Plan | None,
+) -> tuple[Tensor, Tensor]:
+    """x W + t up^T with t = scaling x down^T, and t, of operands that were checked.
+
+    down [experts, R, K], up [experts, N, R]. Target TOKEN sums the rows of a token.
+    """
     if plan is None:
-        plan = product_plan(x, weight, routing, operation, lora.rank)
-    down, up = as_operand(lora.a, x.dtype), as_operand(lora.b, x.dtype)
+        plan = product_plan(x, weight, routing, operation, down.shape[1])
+    down, up = as_operand(down, x.dtype), as_operand(up, x.dtype)
     if plan.path is Path.EPILOGUE:
         x, rows = gathered(x, routing, rows, plan)
-        low = _shrink(x, down, lora.scaling, routing, rows.source, plan)
+        low = _shrink(x, down, scaling, routing, rows.source, plan)
         if rows.target is RowOrder.TOKEN:
             return _summed(x, weight, low, up, routing, rows, plan), low
         pair = (low, up.mT)
@@ -120,16 +142,16 @@ def _lora_product(
         rows = rows._replace(target=RowOrder.SLOT)
     match plan.path:
         case Path.FUSED:
-            y, low = _fused(x, dense(weight, plan), down, up, lora.scaling, routing, rows, plan)
+            y, low = _fused(x, dense(weight, plan), down, up, scaling, routing, rows, plan)
         case Path.SPLIT:
-            low = _shrink(x, down, lora.scaling, routing, rows.source, plan)
+            low = _shrink(x, down, scaling, routing, rows.source, plan)
             y = launch_product(x, weight, routing, plan.tile, plan.precision, rows)
             rows = rows._replace(source=RowOrder.EXPERT, bias=None)
-            expand = replace(plan.tile, block_k=rank_block(lora.rank), descriptor=False)
+            expand = replace(plan.tile, block_k=rank_block(down.shape[1]), descriptor=False)
             y = y.add_(launch_product(low, up.mT, routing, expand, plan.precision, rows))
         case Path.GROUPED_MM:
             x = by_expert(x, routing, rows.source)
-            low = grouped(x, down.mT, routing) * lora.scaling
+            low = grouped(x, down.mT, routing) * scaling
             rows = rows._replace(source=RowOrder.EXPERT)
             y = grouped_product(x, dense(weight, plan), routing, **rows._asdict())
             rows = rows._replace(bias=None)
@@ -150,13 +172,14 @@ def _summed(
 ) -> Tensor:
     """[tokens, N]: the product, summed over the choices of a token, one half of the columns at a time.
 
-    Halves keep the [rows, N] operand of the sum at half its size; blocks of experts would be decoded
-    once per half, so they are not split.
+    Halves keep a large [rows, N] operand of the sum at half its size; blocks of experts would be
+    decoded once per half, so they are not split.
     """
     rows = rows._replace(target=RowOrder.SLOT)
     width = weight.shape[2]
     out = x.new_empty((routing.tokens, width))
-    halves = 2 if isinstance(weight, Tensor) and width % 512 == 0 else 1
+    large = routing.rows * width * x.itemsize >= HALVED_BYTES
+    halves = 2 if large and isinstance(weight, Tensor) and width % 512 == 0 else 1
     columns = width // halves
     for start in range(0, width, columns):
         part = slice(start, start + columns)
@@ -164,6 +187,7 @@ def _summed(
         pair = (low, up[:, part].mT)
         y = launch_product(x, block, routing, plan.tile, plan.precision, rows, low_rank=pair)
         combine(y, routing, out=out[:, part])
+        del y
     return out
 
 
@@ -203,17 +227,29 @@ def _fused(
     low = x.new_empty((routing.rows, rank))
     if routing.rows == 0:
         return y, low
-    first_entry, count = routing.tile_range(tile.block_m)
+    bias, row_scale = rows.bias, rows.row_scale
+    pointers = x.data_ptr() | weight.data_ptr() | down.data_ptr() | up.data_ptr()
+    pointers |= routing.slots.data_ptr()
+    form: tuple[Any, ...] = (x.dtype, x.stride(), weight.stride(), down.stride(), up.stride())
+    form += (weight.shape[1], width, rank, routing.fan_out(rows.source))
+    if bias is not None:
+        pointers |= bias.data_ptr()
+        form += (bias.dtype, bias.stride())
+    if row_scale is not None:
+        row_scale = row_scale.reshape(-1)
+        pointers |= row_scale.data_ptr()
+        form += (row_scale.dtype,)
+    first_entry, count = row_tile_range(routing.rows, routing.experts, tile.block_m)
     fused_launcher(
-        (count * ceil_div(width, tile.block_n),),
+        (count * ceil_div(width, tile.block_n), 1, 1),
         x.device,
         (
             matrix(x),
             stack(weight),
             stack(down.mT),
             stack(up.mT),
-            None if rows.bias is None else matrix(rows.bias),
-            None if rows.row_scale is None else rows.row_scale.reshape(-1),
+            None if bias is None else matrix(bias),
+            row_scale,
             matrix(y),
             matrix(low),
             routing.slots,
@@ -225,6 +261,8 @@ def _fused(
             rank,
             float(scaling),
         ),
+        form=(*form, bias is None),
+        pointers=pointers,
         warps=tile.warps,
         stages=tile.stages,
         X_BY_EXPERT=rows.source is RowOrder.EXPERT,

@@ -1,23 +1,22 @@
 """Launcher of the routed product."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import (
-    Device,
     Operation,
     Path,
     Plan,
     Precision,
-    Problem,
     Tile,
-    choose,
     current_precision,
+    plan_for,
 )
 from ..routing import Routing, RowOrder
 from ._check import (
@@ -100,9 +99,20 @@ def scatter2scatter(
     check_weight("weight", weight, x, routing)
     check_bias(bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", row_scale, routing)
+    rows = Rows(source, target, bias, row_scale)
+    return product_rows(x, weight, routing, rows, plan)
+
+
+def product_rows(
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    routing: Routing,
+    rows: Rows,
+    plan: Plan | None,
+) -> Tensor:
+    """`scatter2scatter` of operands that were checked."""
     if plan is None:
         plan = product_plan(x, weight, routing, Operation.SCATTER2SCATTER)
-    rows = Rows(source, target, bias, row_scale)
     if plan.path is Path.GROUPED_MM:
         return grouped_product(x, dense(weight, plan), routing, **rows._asdict())
     if plan.path is not Path.TILES:
@@ -150,8 +160,10 @@ def product_plan(
     experts, k, n = weight.shape
     precision = current_precision(x.dtype)
     layout = w_map(weight) if isinstance(weight, Tensor) else weight.map
-    problem = Problem(operation, routing.rows, experts, k, n, rank, x.dtype, precision, layout)
-    return choose(problem, Device.of(x.device))
+    per_expert = next_power_of_two(routing.rows // experts)
+    return plan_for(
+        operation, per_expert, experts, k, n, rank, x.dtype, precision, layout, x.device
+    )
 
 
 def gathered(x: Tensor, routing: Routing, rows: Rows, plan: Plan) -> tuple[Tensor, Rows]:
@@ -209,32 +221,50 @@ def _launch(
         )
     by_expert = rows.source is RowOrder.EXPERT
     x_map = tile.x_descriptor and by_expert and addressable(x)
-    left, right = low_rank if low_rank is not None else (None, None)
-    rank = 0 if right is None else right.shape[1]
+    bias, row_scale = rows.bias, rows.row_scale
     block_experts, k, n = weight.shape
-    first_entry, count = routing.tile_range(tile.block_m)
+    fan_out = routing.fan_out(rows.source)
+    pointers = x.data_ptr() | weight.data_ptr() | routing.slots.data_ptr()
+    form: tuple[Any, ...] = (x.dtype, x.stride(), weight.stride(), k, n, fan_out)
+    left = right = None
+    rank = 0
+    if low_rank is not None:
+        left, right = low_rank
+        rank = right.shape[1]
+        pointers |= right.data_ptr()
+        form += (left.stride(), right.stride())
+    if bias is not None:
+        pointers |= bias.data_ptr()
+        form += (bias.dtype, bias.stride())
+    if row_scale is not None:
+        row_scale = row_scale.reshape(-1)
+        pointers |= row_scale.data_ptr()
+        form += (row_scale.dtype,)
+    first_entry, count = row_tile_range(routing.rows, routing.experts, tile.block_m)
     scatter2scatter_launcher(
-        (count * ceil_div(n, tile.block_n),),
+        (count * ceil_div(n, tile.block_n), 1, 1),
         x.device,
         (
             row_operand(x, tile) if x_map else matrix(x),
             weight_operand(weight, layout, tile),
-            None if rows.bias is None else matrix(rows.bias),
+            None if bias is None else matrix(bias),
             None if left is None else matrix(left),
             None if right is None else stack(right),
-            None if rows.row_scale is None else rows.row_scale.reshape(-1),
+            row_scale,
             matrix(y),
             routing.slots,
             routing.tiles,
             first_entry,
             first_expert,
             first_expert + block_experts,
-            routing.fan_out(rows.source),
+            fan_out,
             k,
             n,
             rank,
             float(scale),
         ),
+        form=(*form, left is None, bias is None),
+        pointers=pointers,
         warps=tile.warps,
         stages=tile.stages,
         X_BY_EXPERT=by_expert,

@@ -6,6 +6,8 @@ dA^T = X^T (s dY B) and dB = dY^T (s X A^T) without saved [rows, rank] operands.
 reduction over Z, so this is the cross-check of the Gram path, and its fallback when nothing was saved.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,14 +99,23 @@ def launch_recompute(
     """Fill out [experts, P, rank] from operands that were checked; factor is [experts, Z, rank]."""
     tile = plan.tile
     rank = factor.shape[2]
+    pointers = p.data_ptr() | z.data_ptr() | factor.data_ptr()
+    pointers |= routing.slots.data_ptr() | routing.offsets.data_ptr()
+    form: tuple[Any, ...] = (p.dtype, p.stride(), z.stride(), factor.stride(), out.dtype)
+    form += (out.stride(), out.shape[1], z.shape[1], rank)
+    form += (routing.fan_out(p_order), routing.fan_out(z_order))
+    if row_scale is not None:
+        row_scale = row_scale.reshape(-1)
+        pointers |= row_scale.data_ptr()
+        form += (row_scale.dtype,)
     recompute_launcher(
-        (routing.experts * ceil_div(out.shape[1], tile.block_k),),
+        (routing.experts * ceil_div(out.shape[1], tile.block_k), 1, 1),
         routing.device,
         (
             matrix(p),
             matrix(z),
             stack(factor),
-            None if row_scale is None else row_scale.reshape(-1),
+            row_scale,
             stack(out),
             routing.slots,
             routing.offsets,
@@ -115,6 +126,8 @@ def launch_recompute(
             rank,
             float(scaling),
         ),
+        form=form,
+        pointers=pointers,
         warps=tile.warps,
         stages=tile.stages,
         P_BY_EXPERT=p_order is RowOrder.EXPERT,
@@ -128,4 +141,4 @@ def launch_recompute(
     return out
 
 
-recompute_launcher = Launcher(recompute_kernel, runtime=("scale",))
+recompute_launcher = Launcher(recompute_kernel)

@@ -36,12 +36,14 @@ def group(
     out = x.new_empty((routing.rows, x.shape[1]))
     if out.numel():
         block_n = _columns(x.shape[1])
+        scale = None if row_scale is None else row_scale.reshape(-1)
+        pointers = x.data_ptr() | routing.slots.data_ptr() | routing.expert_of_row.data_ptr()
         group_launcher(
-            (routing.rows, ceil_div(x.shape[1], block_n)),
+            (routing.rows, ceil_div(x.shape[1], block_n), 1),
             routing.device,
             (
                 matrix(x),
-                None if row_scale is None else row_scale.reshape(-1),
+                scale,
                 matrix(out),
                 routing.slots,
                 routing.expert_of_row,
@@ -49,6 +51,14 @@ def group(
                 routing.experts,
                 x.shape[1],
             ),
+            form=(
+                x.dtype,
+                x.stride(),
+                x.shape[1],
+                None if scale is None else scale.dtype,
+                routing.fan_out(source),
+            ),
+            pointers=pointers if scale is None else pointers | scale.data_ptr(),
             warps=4,
             BLOCK_N=block_n,
         )
@@ -96,15 +106,25 @@ def combine(
         check_same("out", out, "y", y)
     if out.numel():
         block_n = _columns(y.shape[1])
+        gates = None if gates is None else gates.reshape(-1)
+        pointers = y.data_ptr() | out.data_ptr()
         combine_launcher(
-            (routing.tokens, ceil_div(y.shape[1], block_n)),
+            (routing.tokens, ceil_div(y.shape[1], block_n), 1),
             routing.device,
             (
                 matrix(y),
-                None if gates is None else gates.reshape(-1),
+                gates,
                 matrix(out),
                 y.shape[1],
             ),
+            form=(
+                y.dtype,
+                y.stride(),
+                out.stride(),
+                y.shape[1],
+                None if gates is None else gates.dtype,
+            ),
+            pointers=pointers if gates is None else pointers | gates.data_ptr(),
             warps=4,
             TOP_K=routing.top_k,
             BLOCK_N=block_n,
@@ -142,7 +162,7 @@ def combine_grad(y: Tensor, dout: Tensor, routing: Routing) -> Tensor:
     grad = y.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
         combine_grad_launcher(
-            (routing.rows,),
+            (routing.rows, 1, 1),
             routing.device,
             (
                 matrix(y),
@@ -151,6 +171,8 @@ def combine_grad(y: Tensor, dout: Tensor, routing: Routing) -> Tensor:
                 routing.top_k,
                 y.shape[1],
             ),
+            form=(y.dtype, y.stride(), dout.stride(), y.shape[1], routing.top_k),
+            pointers=y.data_ptr() | dout.data_ptr(),
             warps=4,
             BLOCK_N=_columns(y.shape[1]),
         )
@@ -174,7 +196,7 @@ def _columns(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 2048)
 
 
-group_launcher = Launcher(group_kernel, runtime=("experts",))
+group_launcher = Launcher(group_kernel)
 
 
 combine_launcher = Launcher(combine_kernel)

@@ -119,6 +119,4 @@ def scatter2scatter_kernel(
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
 
 
-scatter2scatter_launcher = Launcher(
-    scatter2scatter_kernel, runtime=("first_entry", "first_expert", "stop_expert", "scale")
-)
+scatter2scatter_launcher = Launcher(scatter2scatter_kernel)

@@ -4,14 +4,16 @@ dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum of dY^T (s X A^T)
 dW[e] = sum over rows of X^T dY            db[e] = sum of dY
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._launch import Launcher
-from .._sizes import ceil_div
-from ..plan import Device, Operation, Path, Plan, Problem, choose, current_precision
+from .._sizes import ceil_div, next_power_of_two
+from ..plan import Operation, Path, Plan, current_precision, plan_for
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
@@ -54,19 +56,47 @@ def lora_weight_grad(
     check_same("dy", dy, "x", x)
     check_lora(lora, routing, x.shape[1], dy.shape[1], x)
     check_row_scale("row_scale", row_scale, routing)
+    for name, low in (("xa", xa), ("yb", yb)):
+        if low is None:
+            continue
+        check_rows(name, low, routing, RowOrder.EXPERT)
+        check_same(name, low, "x", x)
+        if low.shape[1] != lora.rank:
+            raise ValueError(f"{name} has width {low.shape[1]} but the rank is {lora.rank}")
+    return lora_grads(
+        x, dy, xa, yb, lora.a, lora.b, lora.scaling, routing, x_order, dy_order, row_scale, plan
+    )
+
+
+def lora_grads(
+    x: Tensor,
+    dy: Tensor,
+    xa: Tensor | None,
+    yb: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    routing: Routing,
+    x_order: RowOrder,
+    dy_order: RowOrder,
+    row_scale: Tensor | None,
+    plan: Plan | None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_weight_grad` of operands that were checked."""
+    rank = a.shape[1]
     if plan is None:
-        plan = weight_grad_plan(x, dy, routing, lora.rank)
-    da = lora.a.new_empty(lora.a.shape)
-    db = lora.b.new_empty(lora.b.shape)
+        plan = weight_grad_plan(x, dy, routing, rank)
+    da = a.new_empty(a.shape)
+    db = b.new_empty(b.shape)
     if plan.path is Path.RECOMPUTE:
         launch_recompute(
             x,
             dy,
-            as_operand(lora.b, x.dtype),
+            as_operand(b, x.dtype),
             da.mT,
             routing,
             plan,
-            scaling=lora.scaling,
+            scaling=scaling,
             p_order=x_order,
             z_order=dy_order,
             row_scale=row_scale,
@@ -74,11 +104,11 @@ def lora_weight_grad(
         launch_recompute(
             dy,
             x,
-            as_operand(lora.a, x.dtype).mT,
+            as_operand(a, x.dtype).mT,
             db,
             routing,
             plan,
-            scaling=lora.scaling,
+            scaling=scaling,
             p_order=dy_order,
             z_order=x_order,
             row_scale=row_scale,
@@ -87,12 +117,6 @@ def lora_weight_grad(
     for name, low in (("xa", xa), ("yb", yb)):
         if low is None:
             raise ValueError(f"{name} is needed on the {plan.path.value} path")
-        check_rows(name, low, routing, RowOrder.EXPERT)
-        check_same(name, low, "x", x)
-        if low.shape[1] != lora.rank:
-            raise ValueError(
-                f"{name} has width {low.shape[1]} but the adapter has rank {lora.rank}"
-            )
     if plan.path is Path.GRAM:
         products = (
             (x, x_order, yb, RowOrder.EXPERT, da.mT),
@@ -151,8 +175,9 @@ def weight_grad_plan(x: Tensor, dy: Tensor, routing: Routing, rank: int) -> Plan
     operation = Operation.LORA_WEIGHT_GRAD if rank else Operation.EXPERT_WEIGHT_GRAD
     precision = current_precision(x.dtype)
     k, n = x.shape[1], dy.shape[1]
-    problem = Problem(operation, routing.rows, routing.experts, k, n, rank, x.dtype, precision)
-    return choose(problem, Device.of(x.device))
+    experts = routing.experts
+    per_expert = next_power_of_two(routing.rows // experts)
+    return plan_for(operation, per_expert, experts, k, n, rank, x.dtype, precision, "", x.device)
 
 
 def expert_bias_grad(
@@ -168,18 +193,26 @@ def expert_bias_grad(
     width = dy.shape[1]
     out = dy.new_empty((routing.experts, width), dtype=torch.float32)
     block_n = 128
+    pointers = dy.data_ptr() | routing.slots.data_ptr() | routing.offsets.data_ptr()
+    form: tuple[Any, ...] = (dy.dtype, dy.stride(), width, routing.fan_out(dy_order))
+    if row_scale is not None:
+        row_scale = row_scale.reshape(-1)
+        pointers |= row_scale.data_ptr()
+        form += (row_scale.dtype,)
     expert_bias_grad_launcher(
-        (routing.experts, ceil_div(width, block_n)),
+        (routing.experts, ceil_div(width, block_n), 1),
         dy.device,
         (
             matrix(dy),
-            None if row_scale is None else row_scale.reshape(-1),
+            row_scale,
             matrix(out),
             routing.slots,
             routing.offsets,
             routing.fan_out(dy_order),
             width,
         ),
+        form=form,
+        pointers=pointers,
         warps=4,
         BY_EXPERT=dy_order is RowOrder.EXPERT,
         BLOCK_M=32,
