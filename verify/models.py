@@ -95,6 +95,12 @@ class Linear:
             x, weight = x.truncated(), weight.truncated()
         return routed_product(x, weight, self.groups.slices)
 
+    def gram(self, left: Uncertain, right: Uncertain) -> Uncertain:
+        """left^T right over the rows of each expert, as the tensor cores do it."""
+        if self.arithmetic.tf32:
+            left, right = left.truncated(), right.truncated()
+        return gram(left, right, self.groups.slices)
+
     def low_rank(self) -> Uncertain:
         """t = s x D, stored in the activations' type: [kept, R]."""
         if self.down is None:
@@ -155,22 +161,36 @@ def weight_gradients(
 ) -> dict[str, tuple[Uncertain, Tensor]]:
     """da [E, R, K] = (g yb)^T x and db [E, N, R] = dy^T (g t) over the rows of each expert.
 
-    With each the degrees of freedom of its shared error, [E, R]. t and yb are rounded to the activations'
-    type, as operands or in memory; with gates once more, after g.
+    With each the degrees of freedom of its shared error, [E, R].
     """
+    gates = inputs.get("gates")
+    gates = None if gates is None else gates.reshape(-1)[groups.slots].double()
     once = replace(arithmetic, rounds=Rounds.ONCE)
     forward = Linear.forward(inputs, groups, once)
     backward = Linear.input_grad(inputs, groups, once)
-    yb = _gated_rows(inputs, groups, backward.low_rank())
-    t = _gated_rows(inputs, groups, forward.low_rank())
-    da = _gram(yb, forward.x, groups, tf32=arithmetic.tf32)
-    db = _gram(backward.x, t, groups, tf32=arithmetic.tf32)
-    if arithmetic.rounds is Rounds.PER_STEP:
-        da, db = da.rounded(inputs.dtype), db.rounded(inputs.dtype)
+    found = gradients_of(forward, backward, gates)
+    step = inputs.dtype if arithmetic.rounds is Rounds.PER_STEP else None
+    da, db = (
+        found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b")
+    )
+    yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
     return {
-        "da": (da.rounded(inputs.lora_dtype), _gram_freedom(yb, forward.x, groups)),
-        "db": (db.rounded(inputs.lora_dtype), _gram_freedom(t, backward.x, groups)),
+        "da": (da, _gram_freedom(yb, forward.x, groups)),
+        "db": (db, _gram_freedom(t, backward.x, groups)),
     }
+
+
+def gradients_of(
+    forward: Linear, backward: Linear, gates: Tensor | None
+) -> dict[str, Uncertain]:
+    """lora_a [E, R, K] = (g yb)^T x and lora_b [E, N, R] = dy^T (g t), from a product and its gradient.
+
+    t and yb are rounded to the activations' type, as operands or in memory; with gates [kept] once more,
+    after g. The results are rounded to the same type when they are stored.
+    """
+    yb = _gated_rows(backward.low_rank(), gates, forward.dtype)
+    t = _gated_rows(forward.low_rank(), gates, forward.dtype)
+    return {"lora_a": forward.gram(yb, forward.x), "lora_b": forward.gram(backward.x, t)}
 
 
 def _gram_freedom(rounded: Uncertain, exact: Uncertain, groups: Groups) -> Tensor:
@@ -182,10 +202,10 @@ def _gram_freedom(rounded: Uncertain, exact: Uncertain, groups: Groups) -> Tenso
 
 def expert_weight_gradient(inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> Uncertain:
     """dW [E, K, N] = x^T (g dy) over the rows of each expert."""
-    x = Uncertain.exact(inputs["x"][groups.places(inputs.case.source)])
+    forward = Linear.forward(inputs, groups, arithmetic)
     dy = Uncertain.exact(inputs["dy"][groups.places(inputs.case.dy_order)])
-    dy = _gated_rows(inputs, groups, dy)
-    return _gram(x, dy, groups, tf32=arithmetic.tf32).rounded(inputs.dtype)
+    dy = _gated_rows(dy, forward.gates, inputs.dtype)
+    return forward.gram(forward.x, dy).rounded(inputs.dtype)
 
 
 def expert_bias_gradient(inputs: Inputs, groups: Groups) -> Uncertain:
@@ -197,18 +217,9 @@ def expert_bias_gradient(inputs: Inputs, groups: Groups) -> Uncertain:
     return column_sums(dy, groups.slices).rounded(torch.float32)
 
 
-def _gram(left: Uncertain, right: Uncertain, groups: Groups, *, tf32: bool) -> Uncertain:
-    if tf32:
-        left, right = left.truncated(), right.truncated()
-    return gram(left, right, groups.slices)
-
-
-def _gated_rows(inputs: Inputs, groups: Groups, rows: Uncertain) -> Uncertain:
-    """Rows times their gates, as an operand of a product: rounded to the activations' type."""
-    gates = inputs.get("gates")
-    if gates is None:
-        return rows
-    return rows.scaled(gates.reshape(-1)[groups.slots].double()[:, None]).rounded(inputs.dtype)
+def _gated_rows(rows: Uncertain, gates: Tensor | None, dtype: torch.dtype) -> Uncertain:
+    """Rows times their gates [kept], as an operand of a product: rounded to its type."""
+    return rows if gates is None else rows.scaled(gates[:, None]).rounded(dtype)
 
 
 def _factors(inputs: Inputs) -> tuple[Uncertain, Uncertain]:

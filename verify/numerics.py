@@ -54,7 +54,7 @@ def truncated_to_tf32(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """A tensor in fp64 with the variance of a correct result; variances broadcast against the value."""
+    """A tensor with the variance of a correct result: in its shape, or a scalar zero where it is exact."""
 
     value: Tensor
     local: Tensor
@@ -96,11 +96,12 @@ class Uncertain:
     def scaled(self, factor: float | Tensor) -> "Uncertain":
         """Times an exact factor."""
         square = factor * factor
+
+        def part(variance: Tensor) -> Tensor:
+            return variance if variance.ndim == 0 else variance * square
+
         return Uncertain(
-            self.value.double() * factor,
-            self.local * square,
-            self.shared * square,
-            self.drift * square,
+            self.value.double() * factor, part(self.local), part(self.shared), part(self.drift)
         )
 
     def times(self, other: "Uncertain") -> "Uncertain":

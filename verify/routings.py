@@ -78,7 +78,8 @@ def _dealt(draw: Draw, counts: list[int]) -> Tensor:
     """Slots in random order, `counts[e]` of them for expert e; the last non-empty one takes what is left."""
     experts = torch.arange(draw.experts).repeat_interleave(torch.tensor(counts))[: draw.rows]
     if experts.numel() < draw.rows:
-        rest = torch.full((draw.rows - experts.numel(),), max(counts.index(max(counts)), 0))
+        last = max((e for e, count in enumerate(counts) if count), default=0)
+        rest = torch.full((draw.rows - experts.numel(),), last)
         experts = torch.cat([experts, rest])
     order = torch.randperm(draw.rows, generator=draw.generator)
     return experts[order].reshape(draw.tokens, draw.top_k)

@@ -87,6 +87,8 @@ class KernelSpec:
     cost: (case, dtype) -> (floating-point operations, bytes moved if every operand is touched once).
     modes: input modes that make sense. inputs: (case, dtype, mode, device, seed=) -> Inputs.
     ops: public operations of the package that this entry covers. source: module path of its kernel.
+    thrift: of the cases that are not smoke cases, the quick selection takes every `thrift`-th: pipelines of
+    kernels that have entries of their own need fewer.
     prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is a kernel of
     its own with its own entry. None where run builds everything.
     """
@@ -107,6 +109,7 @@ class KernelSpec:
     inputs: Callable[..., Inputs] = make_inputs
     mutants: tuple[Mutant, ...] = ()
     bad_inputs: tuple[BadInput, ...] = ()
+    thrift: int = 1
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
@@ -132,7 +135,10 @@ class KernelSpec:
         """
         if "smoke" in case.tags:
             return self.runs(case)
-        turn = self.cases.index(case) + len(self.name)
+        place = self.cases.index(case)
+        if place % self.thrift:
+            return ()
+        turn = place // self.thrift + len(self.name)
         dtypes = self.dtypes
         runs = [(dtypes[turn % len(dtypes)], "balanced")]
         if turn % 3 == 0:

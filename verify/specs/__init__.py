@@ -3,7 +3,9 @@
 from ..spec import KernelSpec
 from .gradients import EXPERT_BIAS_GRAD, EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
 from .glu import GLU_BACKWARD, GLU_FORWARD
+from .layer import EXPERTS_MLP
 from .linear import LORA_FORWARD, LORA_INPUT_GRAD, SCATTER2SCATTER, SHRINK
+from .projection import EXPERT_LINEAR
 from .rows import COMBINE, COMBINE_GRAD, GROUP
 
 KERNELS: tuple[KernelSpec, ...] = (
@@ -19,4 +21,6 @@ KERNELS: tuple[KernelSpec, ...] = (
     COMBINE_GRAD,
     GLU_FORWARD,
     GLU_BACKWARD,
+    EXPERT_LINEAR,
+    EXPERTS_MLP,
 )

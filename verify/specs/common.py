@@ -18,6 +18,7 @@ from ..references import Groups
 from ..spec import NamedPlan
 
 TERMS = ("base", "lora", "bias")
+_NOT_NATIVE = "torch._grouped_mm is native for bf16 on CUDA with 16-byte strides only"
 
 
 def ops(lib: ModuleType) -> Any:
@@ -63,10 +64,13 @@ def arithmetic(lib: ModuleType, inputs: Inputs, plan: Any) -> Arithmetic:
     )
 
 
-def plans_of(lib: ModuleType, problem: Any, device: torch.device) -> tuple[NamedPlan, ...]:
+def plans_of(
+    lib: ModuleType, problem: Any, device: torch.device, *, grouped_mm: bool
+) -> tuple[NamedPlan, ...]:
     """Every path of an operation with the heuristic's tiles, then every candidate plan.
 
-    On a GPU fp32 problems run with IEEE and with tf32 products.
+    On a GPU fp32 problems run with IEEE and with tf32 products. grouped_mm: whether the operands fit
+    torch._grouped_mm; where they do not, its plans are named and not run.
     """
     module = submodule(lib, "plan")
     facts = lib.Device.of(device)
@@ -74,17 +78,22 @@ def plans_of(lib: ModuleType, problem: Any, device: torch.device) -> tuple[Named
     precisions = [base.precision]
     if problem.dtype == torch.float32 and device.type == "cuda":
         precisions = list(lib.Precision)
-    named: dict[Any, NamedPlan] = {}
-    for path in module.PATHS[problem.operation]:
-        refused = ""
-        if path.value == "grouped_mm" and not problem.grouped_mm:
-            refused = "torch._grouped_mm is native for bf16 on CUDA with 16-byte strides only"
-        for precision in precisions:
-            plan = replace(module.with_path(base, path, problem, facts), precision=precision)
-            named.setdefault(plan, NamedPlan(path=path.value, plan=plan, unavailable=refused))
+    plans = {
+        replace(module.with_path(base, path, problem, facts), precision=precision): True
+        for path in module.PATHS[problem.operation]
+        for precision in precisions
+    }
     for plan in lib.candidates(problem, facts):
-        named.setdefault(plan, NamedPlan(path=plan.path.value, plan=plan, quick=False))
-    return tuple(named.values())
+        plans.setdefault(plan, False)
+    return tuple(
+        NamedPlan(
+            path=plan.path.value,
+            plan=plan,
+            quick=quick,
+            unavailable="" if grouped_mm or plan.path.value != "grouped_mm" else _NOT_NATIVE,
+        )
+        for plan, quick in plans.items()
+    )
 
 
 def product_plans(
@@ -102,15 +111,15 @@ def product_plans(
         dtype=inputs.dtype,
         precision=lib.Precision.IEEE,
         w_map=checks.w_map(weight),
-        grouped_mm=checks.fits_grouped_mm(x, weight),
     )
-    return plans_of(lib, problem, inputs.device)
+    fits = checks.fits_grouped_mm(x, weight) and rank % 8 == 0
+    return plans_of(lib, problem, inputs.device, grouped_mm=fits)
 
 
 def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPlan, ...]:
     """Plans of a weight gradient [k_in, n_out]; rank 0 is that of the base."""
     case = inputs.case
-    widths = (case.k_in, case.n_out, rank) if rank else (case.k_in, case.n_out)
+    widths = (case.k_in, case.n_out, rank)
     problem = lib.Problem(
         operation=lib.Operation("lora_weight_grad" if rank else "expert_weight_grad"),
         rows=case.rows,
@@ -120,10 +129,10 @@ def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPla
         rank=rank,
         dtype=inputs.dtype,
         precision=lib.Precision.IEEE,
-        grouped_mm=submodule(lib, "ops._check").fits_grouped_mm(inputs["x"])
-        and all(width % 8 == 0 for width in widths),
     )
-    return plans_of(lib, problem, inputs.device)
+    fits = submodule(lib, "ops._check").fits_grouped_mm(inputs["x"])
+    fits = fits and all(width % 8 == 0 for width in widths)
+    return plans_of(lib, problem, inputs.device, grouped_mm=fits)
 
 
 def only_default(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
@@ -175,8 +184,12 @@ def expert_expected(
     vector_dim: int = -1,
     terms: Mapping[str, Tensor] | None = None,
     freedom: Tensor | None = None,
+    sources: int = 1,
 ) -> Expected:
-    """A gradient [experts, ...] whose vectors are summed over the rows of their expert."""
+    """A gradient [experts, ...] whose vectors are summed over the rows of their expert.
+
+    sources: roundings behind one row's operand element. freedom: per vector; the rows unless stated.
+    """
     value = model.value if truth is None else truth
     vectors = value.numel() // max(value.shape[vector_dim], 1) // max(groups.experts, 1)
     experts = torch.arange(groups.experts, device=value.device).repeat_interleave(vectors)
@@ -186,7 +199,7 @@ def expert_expected(
         model=model,
         dtype=dtype,
         expert=experts,
-        sources=counts,
+        sources=counts * sources,
         freedom=counts.double() if freedom is None else freedom.reshape(-1),
         zero=counts == 0,
         vector_dim=vector_dim,

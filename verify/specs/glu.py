@@ -1,6 +1,7 @@
 """The gated activation and its gradient."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,10 @@ ACTIVATIONS: Mapping[str, GatedActivation] = {
     "clamped": GatedActivation(limit=2.5),
     "gelu-interleaved": GatedActivation(tanh=True, interleaved=True),
 }
+
+
+_NEAR = 6.0
+"""Standard deviations within which a value may lie on either side of a limit."""
 
 
 def of_package(lib: ModuleType, activation: GatedActivation) -> Any:
@@ -121,9 +126,22 @@ def glu_gradient(
         halves = [h.rearranged(lambda part, i=i: activation.halves(part)[i]) for i in (0, 1)]
         size = _sizes(activation, *halves)[1 + index]
         factor = (gates[:, None] * dact.value.double()).abs()
-        return elementwise(function, *halves, dact, scale=size * factor)
+        found = elementwise(function, *halves, dact, scale=size * factor)
+        jumps = factor * size * _near_limit(activation, *halves)
+        return replace(found, local=found.local + jumps.square())
 
     return _joined(partial(0), partial(1), activation)
+
+
+def _near_limit(activation: GatedActivation, gate: Uncertain, up: Uncertain) -> Tensor:
+    """Where gate or up may be on the other side of the limit: there the derivative jumps."""
+
+    def near(x: Uncertain, bound: float) -> Tensor:
+        distance = (x.value.double() - bound).abs()
+        return distance.square() <= _NEAR**2 * x.variance
+
+    limit = activation.limit
+    return near(gate, limit) | near(up, limit) | near(up, -limit)
 
 
 def _joined(gate: Uncertain, up: Uncertain, activation: GatedActivation) -> Uncertain:

@@ -1,0 +1,80 @@
+"""Every kernel, path and boundary agrees with its reference; bad input is refused; paths agree bitwise."""
+
+import pytest
+import scattermoe_lora as lib
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import DEVICE
+from verify.inputs import DTYPES
+from verify.run import Problem, Selection, dtype_name, guarded_run
+from verify.spec import KernelSpec
+from verify.specs import KERNELS
+from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
+from verify.strategies import cases
+
+pytestmark = pytest.mark.correctness
+
+QUICK = Selection(quick=True).problems(lib, KERNELS, torch.device(DEVICE))
+
+
+def name(problem: Problem) -> str:
+    words = (problem.spec.name, problem.case.name, dtype_name(problem.dtype), problem.mode)
+    return "-".join(words)
+
+
+
+
+@pytest.mark.parametrize("problem", QUICK, ids=name)
+def test_kernel_agrees_with_its_reference(problem):
+    outcomes = list(problem.check(lambda plan: plan.quick))
+    assert outcomes
+    assert not [str(outcome) for outcome in outcomes if not outcome.ok]
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [(spec, bad) for spec in KERNELS for bad in spec.bad_inputs],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_bad_input_is_refused_before_anything_runs(spec: KernelSpec, bad):
+    case = spec.cases[0]
+    inputs = spec.inputs(case, torch.float32, "balanced", torch.device(DEVICE))
+    with pytest.raises(bad.error) as raised:
+        bad.call(lib, inputs)
+    assert [word for word in bad.words if word not in str(raised.value)] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("spec", [s for s in KERNELS if "exact" in s.modes], ids=lambda s: s.name)
+def test_paths_agree_bitwise_in_exact_arithmetic(spec, dtype):
+    case = next(case for case in spec.cases if "smoke" in case.tags)
+    inputs = spec.inputs(case, dtype, "exact", torch.device(DEVICE))
+    plans = [plan for plan in spec.plans(lib, inputs) if plan.quick and not plan.unavailable]
+    outputs = [guarded_run(lib, spec, inputs, plan.plan)[0] for plan in plans]
+    for other in outputs[1:]:
+        for output, value in outputs[0].items():
+            assert torch.equal(value, other[output]), output
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.name)
+def test_repeated_runs_agree_bitwise(spec):
+    case = next(case for case in spec.cases if "smoke" in case.tags)
+    dtype = spec.dtypes[-1]
+    inputs = spec.inputs(case, dtype, spec.modes[0], torch.device(DEVICE))
+    plan = spec.plans(lib, inputs)[0].plan
+    first, second = (guarded_run(lib, spec, inputs, plan)[0] for _ in range(2))
+    for output, value in first.items():
+        assert torch.equal(value.nan_to_num(), second[output].nan_to_num()), output
+
+
+@given(case=cases(), dtype=st.sampled_from(list(DTYPES.values())), spec=st.sampled_from((0, 1)))
+def test_any_small_problem(case, dtype, spec):
+    kernel = (SCATTER2SCATTER, LORA_FORWARD)[spec]
+    mode = "exact" if case.seed % 2 else "balanced"
+    problem = Problem(
+        lib=lib, spec=kernel, case=case, dtype=dtype, mode=mode, device=torch.device(DEVICE)
+    )
+    first = next(iter(problem.check(lambda plan: plan.quick)))
+    assert first.ok or "could not see it lost" in first.reason, str(first)

@@ -1,0 +1,159 @@
+"""The truth itself: its gradients, its zeros, its independence of order, and the error models beside it."""
+
+import pytest
+import torch
+
+from verify.cases import CASES, Case
+from verify.inputs import DTYPES, make_inputs
+from verify.models import Arithmetic, Linear, Rounds
+from verify.numerics import Uncertain, matmul, rounding_variance, spacing, truncated_to_tf32
+from verify.references import GatedActivation, Groups, expert_linear, experts_mlp
+from verify.routings import RoutingKind
+from verify.specs import KERNELS
+
+pytestmark = pytest.mark.correctness
+
+CPU = torch.device("cpu")
+TINY = Case(
+    name="tiny", tokens=5, experts=3, top_k=2, k_in=4, n_out=3, rank=2, bias=True, gated=True,
+    target="SLOT", routing=RoutingKind("first-empty"),
+)  # fmt: skip
+SMALL = [case for case in CASES if "model" not in case.tags and case.tokens]
+
+
+def doubles(case: Case) -> dict[str, torch.Tensor]:
+    inputs = make_inputs(case, torch.float32, "balanced", CPU)
+    names = ("x", "weight", "lora_a", "lora_b", "bias", "gates")
+    return {name: inputs[name].double().requires_grad_() for name in names}
+
+
+def test_gradcheck_of_the_projection_with_an_empty_expert():
+    leaves = doubles(TINY)
+    index = make_inputs(TINY, torch.float32, "balanced", CPU)["top_k_index"]
+    groups = Groups.of(index, TINY.experts)
+    assert 0 in groups.counts
+
+    def call(*values):
+        tensors = dict(zip(leaves, values, strict=True))
+        return expert_linear(tensors, groups, scaling=1.7, source="TOKEN", target="SLOT")
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        GatedActivation(),
+        GatedActivation(tanh=True),
+        GatedActivation(alpha=1.702, shift=1.0, limit=7.0, interleaved=True),
+    ],
+    ids=["silu", "gelu", "gpt-oss"],
+)
+def test_gradcheck_of_the_layer(activation):
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    index = torch.tensor([[1, 2], [2, 1], [1, 1]])
+    groups = Groups.of(index, 3)
+    leaves = {"x": drawn(3, 3), "gates": drawn(3, 2)}
+    for name, (k, n) in {"up": (3, 4), "down": (2, 3)}.items():
+        leaves |= {
+            f"weight_{name}": drawn(3, k, n),
+            f"lora_a_{name}": drawn(3, 1, k),
+            f"lora_b_{name}": drawn(3, n, 1),
+            f"bias_{name}": drawn(3, n),
+        }
+
+    def call(*values):
+        return experts_mlp(dict(zip(leaves, values, strict=True)), groups, activation, scaling=0.7)
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+def test_dropped_rows_are_zero_and_others_do_not_notice():
+    index = torch.tensor([[0, 7], [-1, 1], [2, 2]])
+    groups = Groups.of(index, 3)
+    tensors = {"x": torch.randn(3, 4), "weight": torch.randn(3, 4, 2)}
+    y = expert_linear(tensors, groups, scaling=1.0, source="TOKEN", target="SLOT")
+    assert (y[[1, 2]] == 0).all()
+    for slot, (token, expert) in {0: (0, 0), 3: (1, 1), 4: (2, 2), 5: (2, 2)}.items():
+        alone = tensors["x"][token].double() @ tensors["weight"][expert].double()
+        torch.testing.assert_close(y[slot], alone)
+
+
+def test_row_orders_hold_the_same_rows():
+    index = torch.tensor([[2, 0], [1, 2], [0, 9]])
+    groups = Groups.of(index, 3)
+    assert groups.slots.tolist() == [1, 4, 2, 0, 3]
+    assert groups.labels("SLOT").tolist() == [2, 0, 1, 2, 0, 3]
+    assert groups.labels("EXPERT").tolist() == [0, 0, 1, 2, 2, 3]
+    kept = torch.arange(5.0)[:, None]
+    by_slot, by_expert = groups.spread(kept, "SLOT"), groups.spread(kept, "EXPERT")
+    assert by_slot[groups.places("SLOT")].equal(by_expert[groups.places("EXPERT")])
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.name)
+def test_models_have_the_value_of_the_truth(spec):
+    """An error model that computes something else would judge by the wrong variances."""
+    for case in [case for case in spec.cases if case.tokens and "model" not in case.tags][::6]:
+        inputs = spec.inputs(case, torch.float32, spec.modes[0], CPU)
+        for name, expected in spec.reference(inputs, Arithmetic()).items():
+            torch.testing.assert_close(expected.model.value, expected.value, msg=f"{name}")
+
+
+@pytest.mark.parametrize("rounds", Rounds)
+def test_variance_predicts_the_error_of_rounding(rounds):
+    """Simulated pipelines in bf16 err as much as their model says, within the noise of the sample."""
+    case = next(case for case in SMALL if case.name == "deep")
+    inputs = make_inputs(case, torch.bfloat16, "balanced", CPU)
+    groups = Groups.of(inputs["top_k_index"], case.experts)
+    model = Linear.forward(inputs, groups, Arithmetic(rounds=rounds))
+    expected = model.output()
+
+    def stored(value, when):
+        return value.bfloat16().double() if when else value
+
+    term, step = rounds is not Rounds.ONCE, rounds is Rounds.PER_STEP
+    error = torch.zeros_like(expected.value)
+    for expert, rows in enumerate(groups.slices):
+        x = inputs["x"][groups.places("TOKEN")[rows]].double()
+        low = stored(x @ inputs["lora_a"][expert].double().mT, step)
+        low = stored(inputs.scaling * low, when=True)
+        base = stored(x @ inputs["weight"][expert].double(), step or term)
+        lora = stored(low @ inputs["lora_b"][expert].double().mT, step or term)
+        error[rows] = stored(base + lora, when=True) - expected.value[rows]
+    ratio = float(error.square().sum() / expected.variance.expand_as(error).sum())
+    spread = 6 * (2 / error.numel()) ** 0.5
+    assert abs(ratio - 1) < max(spread, 6 * (2 / (error.shape[0] * case.rank)) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_spacing_is_the_distance_to_the_next_number(dtype):
+    limits = torch.finfo(dtype)
+    values = torch.tensor([1.0, 1.5, 3.1, 300.0, limits.smallest_normal, limits.smallest_normal / 4])
+    values = values.to(dtype)
+    up = torch.nextafter(values, torch.full_like(values, torch.inf))
+    assert spacing(values.double(), dtype).equal(up.double() - values.double())
+
+
+def test_stored_zeros_and_exact_inputs_carry_no_error():
+    assert rounding_variance(torch.zeros(3, dtype=torch.float64), torch.float16).equal(
+        torch.zeros(3, dtype=torch.float64)
+    )
+    assert float(Uncertain.exact(torch.randn(4)).variance) == 0
+
+
+def test_tf32_keeps_eleven_bits():
+    value = torch.tensor([1 + 2**-10 + 2**-11], dtype=torch.float64)
+    assert truncated_to_tf32(value).item() == 1 + 2**-10
+
+
+def test_rounding_of_an_operand_becomes_shared_error():
+    left = Uncertain.exact(torch.randn(5, 4)).rounded(torch.bfloat16)
+    right = Uncertain.exact(torch.randn(4, 3))
+    found = matmul(left, right)
+    by_hand = left.local @ right.value.double().square()
+    torch.testing.assert_close(found.shared, by_hand)
+    assert found.local.ndim == 0

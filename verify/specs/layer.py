@@ -1,0 +1,181 @@
+"""The expert MLP `layers.experts_mlp`: its value and every gradient in one run.
+
+A case is read as hidden width k_in and intermediate width n_out // 2; gate_up is [E, k_in, n_out], down is
+[E, n_out // 2, k_in].
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import CASES, Case
+from ..expected import Expected
+from ..inputs import Inputs, make_inputs
+from ..models import Arithmetic, Linear, gradients_of
+from ..numerics import Uncertain, column_sums, summed
+from ..references import Groups, experts_mlp
+from ..spec import KernelSpec
+from .common import bytes_of, expert_expected, groups_of, only_default, routing, submodule
+from .glu import activation_of, glu, glu_gradient, of_package
+from .projection import over_choices, per_slot
+
+_PROJECTIONS = ("up", "down")
+
+
+def _cases() -> tuple[Case, ...]:
+    small = [case for case in CASES if "model" not in case.tags and case.n_out % 2 == 0]
+    return tuple(
+        replace(case, source="TOKEN", target="SLOT", gradient="TOKEN", gated=True)
+        for case in small
+        if case.x_layout == "contiguous" and case.lora_dtype == "same" and case.tokens
+    )
+
+
+def _inputs(
+    case: Case, dtype: torch.dtype, mode: str, device: torch.device, *, seed: int = 0
+) -> Inputs:
+    """x, gates and dout of a layer, and weight, lora_a, lora_b (and bias) of each projection."""
+    up = make_inputs(case, dtype, mode, device, seed=seed)
+    narrow = replace(case, k_in=case.n_out // 2, n_out=case.k_in, seed=case.seed + 17)
+    down = make_inputs(narrow, dtype, mode, device, seed=seed)
+    parts = ("weight", "lora_a", "lora_b", "bias")
+    tensors = {
+        f"{part}_{name}": inputs[part]
+        for name, inputs in zip(_PROJECTIONS, (up, down), strict=True)
+        for part in parts
+        if part in inputs.tensors
+    }
+    return up.only("x", "gates", "top_k_index").having(dout=down["dy"], **tensors)
+
+
+def _projection(inputs: Inputs, name: str, **rows: Tensor) -> Inputs:
+    """One projection of a layer as a linear problem; `rows` are its x and dy in their own orders."""
+    suffix = f"_{name}"
+    own = {k.removesuffix(suffix): v for k, v in inputs.tensors.items() if k.endswith(suffix)}
+    kept = {"top_k_index": inputs["top_k_index"], **own, **rows}
+    return replace(inputs, tensors=kept)
+
+
+def _leaves(inputs: Inputs) -> dict[str, Tensor]:
+    return {
+        name: value.detach().requires_grad_()
+        for name, value in inputs.tensors.items()
+        if name not in ("top_k_index", "dout")
+    }
+
+
+def _run(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+    del plan
+    leaves, layers = _leaves(inputs), submodule(lib, "layers")
+
+    def projection(name: str) -> Any:
+        lora = lib.LoRAWeights(
+            a=leaves[f"lora_a_{name}"], b=leaves[f"lora_b_{name}"], scaling=inputs.scaling
+        )
+        return layers.Projection(
+            weight=leaves[f"weight_{name}"], lora=lora, bias=leaves.get(f"bias_{name}")
+        )
+
+    out = layers.experts_mlp(
+        leaves["x"],
+        leaves["gates"],
+        routing(lib, inputs),
+        gate_up=projection("up"),
+        down=projection("down"),
+        activation=of_package(lib, activation_of(inputs.case)),
+    )
+    gradients = torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
+    named = {f"d{name}": value for name, value in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), **named}
+
+
+def _truth(inputs: Inputs, groups: Groups) -> dict[str, Tensor]:
+    leaves = {
+        name: value.detach().double().requires_grad_() for name, value in _leaves(inputs).items()
+    }
+    out = experts_mlp(leaves, groups, activation_of(inputs.case), scaling=inputs.scaling)
+    gradients = torch.autograd.grad(
+        out, list(leaves.values()), inputs["dout"].double(), allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    named = {f"d{name}": value for name, value in zip(leaves, gradients, strict=True)}
+    return {"out": out.detach(), **named}
+
+
+def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
+    groups, dtype = groups_of(inputs), inputs.dtype
+    truth, activation = _truth(inputs, groups), activation_of(inputs.case)
+    gates = inputs["gates"].double().reshape(-1)[groups.slots]
+    rows = {"x": inputs["x"], "dy": inputs["dout"]}
+    up_inputs, down_inputs = (_projection(inputs, name, **rows) for name in _PROJECTIONS)
+
+    up = Linear.forward(up_inputs, groups, how)
+    h = up.output()
+    act = glu(h, activation).rounded(dtype)
+    down = replace(Linear.forward(down_inputs, groups, how), x=act)
+    y = down.output()
+    dout = Uncertain.exact(inputs["dout"][groups.places("TOKEN")])
+    back_down = replace(Linear.input_grad(down_inputs, groups, how), x=dout)
+    dact = back_down.output()
+    dh = glu_gradient(h, dact, gates, activation).rounded(dtype)
+    back_up = replace(Linear.input_grad(up_inputs, groups, how), x=dh)
+
+    weighted = y.scaled(gates[:, None])
+    products = summed(act.times(dact), 1)
+    if down.bias is not None:
+        labels = torch.repeat_interleave(groups.counts)
+        products = products + summed(dout.times(Uncertain.exact(down.bias[labels])), 1)
+    products = products.rounded(torch.float32)
+    expected = {
+        "out": over_choices(inputs, groups, weighted, truth["out"], dtype),
+        "dx": over_choices(inputs, groups, back_up.output(), truth["dx"], dtype),
+        "dgates": per_slot(inputs, groups, products, truth["dgates"]),
+    }
+    gated = dout.scaled(gates[:, None])
+    chains = {"up": (up, back_up, dh, None), "down": (down, back_down, gated, gates)}
+    for name, (forward, backward, dy, scale) in chains.items():
+        found = {k: v.rounded(dtype) for k, v in gradients_of(forward, backward, scale).items()}
+        weight_dy = dy.rounded(dtype)
+        found["weight"] = forward.gram(forward.x, weight_dy).rounded(dtype)
+        if forward.bias is not None:
+            found["bias"] = column_sums(dy, groups.slices).rounded(torch.float32).rounded(dtype)
+        for part, model in found.items():
+            expected[f"d{part}_{name}"] = expert_expected(
+                groups,
+                model,
+                dtype,
+                truth=truth[f"d{part}_{name}"],
+                vector_dim=-2 if part == "lora_b" else -1,
+                freedom=torch.ones_like(model.value).amax(-2 if part == "lora_b" else -1),
+                sources=inputs.case.k_in,
+            )
+    return expected
+
+
+def _cost(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+    hidden, wide = case.k_in, case.n_out
+    products = hidden * wide + hidden * wide // 2
+    lora = case.rank * (hidden + wide + wide // 2 + hidden)
+    weight = 2 * case.experts * products
+    rows = 4 * case.tokens * hidden + 6 * case.rows * wide
+    return 4.0 * case.rows * (products + 1.5 * lora), bytes_of(dtype, weight, rows)
+
+
+EXPERTS_MLP = KernelSpec(
+    name="experts_mlp",
+    run=_run,
+    reference=_reference,
+    prepare=routing,
+    inputs=_inputs,
+    cases=_cases(),
+    plans=only_default,
+    cost=_cost,
+    modes=("balanced",),
+    thrift=6,
+    source="layers/experts_mlp.py",
+    ops=("experts_mlp",),
+)
