@@ -6,7 +6,9 @@
 Gradients are computed only where they are required: never a dense dW for a frozen base.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,8 @@ def expert_linear(
     """
     if gates is not None and target is not RowOrder.SLOT:
         raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
+    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
+        return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -108,51 +112,95 @@ def expert_linear(
     return ExpertLinear.apply(x, dense, a, b, bias, gates, call)
 
 
+def compiled_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora: LoRAWeights | None,
+    bias: Tensor | None,
+    gates: Tensor | None,
+    routing: Routing,
+    source: RowOrder,
+    target: RowOrder,
+) -> Tensor:
+    """`expert_linear` through the registered operator, which torch.compile can trace."""
+    a, b, scaling = (None, None, 1.0) if lora is None else (lora.a, lora.b, lora.scaling)
+    operator = getattr(torch.ops, __name__.partition(".")[0]).expert_linear
+    orders = (source.value, target.value)
+    return operator(x, weight, a, b, bias, gates, *routing.parts, scaling, *orders)[0]
+
+
 class ExpertLinear(torch.autograd.Function):
     """Forward and backward of `expert_linear`."""
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, bias, gates, call: Call):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        bias: Tensor | None,
+        gates: Tensor | None,
+        call: Call,
+    ) -> Tensor:
         """x, weight, a, b, bias, gates as in `expert_linear`; a and b together or neither."""
-        y, xa = product(x, weight, a, b, bias, call)
+        out, xa, y = linear_forward(x, weight, a, b, bias, gates, call)
         wants_gates = gates is not None and ctx.needs_input_grad[5]
         wants_x = any(ctx.needs_input_grad[index] for index in (1, 2, 3))
         ctx.call = call
-        ctx.has_bias = bias is not None
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
-            x if wants_x else None, weight, a, b, gates, xa, y if wants_gates else None
+            x if wants_x else None, weight, a, b, bias, gates, xa, y if wants_gates else None
         )
-        return y if gates is None else combine(y, call.routing, gates=gates)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
-        x, weight, a, b, gates, xa, y = ctx.saved_tensors
-        call: Call = ctx.call
-        routing = call.routing
-        needs = ctx.needs_input_grad
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        dy_order = call.target if gates is None else RowOrder.TOKEN
-        dx = dweight = da = db = dbias = dgates = yb = None
-        if needs[0] or needs[2] or needs[3]:
-            dx, yb = input_grad(dout, weight, a, b, gates, dy_order, call, wants_dx=needs[0])
-        if needs[2] or needs[3]:
-            plan = call.plans.weight_grad
-            da, db = lora_grads(
-                x, dout, xa, yb, a, b, call.scaling, routing, call.source, dy_order, gates, plan
-            )
-        orders = {"x_order": call.source, "dy_order": dy_order, "row_scale": gates}
-        if needs[1]:
-            dweight = expert_weight_grad(x, dout, routing, **orders)
-        if ctx.has_bias and needs[4]:
-            dbias = expert_bias_grad(dout, routing, dy_order=dy_order, row_scale=gates)
-            dbias = dbias.to(ctx.bias_dtype)
-        if y is not None:
-            dgates = combine_grad(y, dout, routing).to(gates.dtype)
-        return dx, dweight, da, db, dbias, dgates, None
+        return (*linear_backward(dout, ctx.saved_tensors, ctx.call, ctx.needs_input_grad), None)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    gates: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The result, s x A^T, and the rows before the sum over choices (the result itself without)."""
+    y, xa = product(x, weight, a, b, bias, call)
+    out = y if gates is None else combine(y, call.routing, gates=gates)
+    return out, xa, y
+
+
+def linear_backward(
+    dout: Tensor, saved: tuple[Tensor | None, ...], call: Call, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, a, b, bias, gates; saved: those six, s x A^T and the rows."""
+    x, weight, a, b, bias, gates, xa, y = saved
+    routing = call.routing
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    dy_order = call.target if gates is None else RowOrder.TOKEN
+    orders = {"x_order": call.source, "dy_order": dy_order, "row_scale": gates}
+    dx = dweight = da = db = dbias = dgates = yb = None
+    if needs[0] or needs[2] or needs[3]:
+        dx, yb = input_grad(dout, weight, a, b, gates, dy_order, call, wants_dx=needs[0])
+    if needs[2] or needs[3]:
+        plan = call.plans.weight_grad
+        da, db = lora_grads(
+            x, dout, xa, yb, a, b, call.scaling, routing, call.source, dy_order, gates, plan
+        )
+    if needs[1]:
+        dweight = expert_weight_grad(x, dout, routing, **orders)
+    if bias is not None and needs[4]:
+        dbias = expert_bias_grad(dout, routing, dy_order=dy_order, row_scale=gates)
+        dbias = dbias.to(bias.dtype)
+    if gates is not None and needs[5]:
+        dgates = combine_grad(y, dout, routing).to(gates.dtype)
+    return dx, dweight, da, db, dbias, dgates
 
 
 def check_projection(

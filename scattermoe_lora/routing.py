@@ -33,7 +33,7 @@ class RowOrder(enum.Enum):
     """[tokens * top_k, ...]: row i is slot `slots[i]`; the rows of an expert are contiguous."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Routing:
     """The rows of one layer call, sorted by expert; lives on the device and is built without a host sync.
 
@@ -53,6 +53,12 @@ class Routing:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", self.tokens * self.top_k)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+        """The fields in order, as an operator's plain arguments."""
+        tensors = (self.slots, self.expert_of_row, self.offsets, self.tiles)
+        return (*tensors, self.tokens, self.top_k, self.experts)
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +87,8 @@ class Routing:
         Args:
             sentinels: ids outside [0, experts) are meant: their slots are dropped (expert parallelism).
             validate: check the values on a GPU as well, which synchronises with the host. Values on a CPU
-                are always checked. Unchecked ids outside [0, experts) are dropped.
+                are always checked, except under torch.compile. Unchecked ids outside [0, experts) are
+                dropped.
 
         Raises:
             TypeError: `top_k_index` is not an integer tensor.
@@ -90,11 +97,13 @@ class Routing:
         """
         _check_top_k(top_k_index, experts)
         tokens, top_k = top_k_index.shape
-        compiling = torch.compiler.is_compiling()
-        if not sentinels and not compiling and (validate or top_k_index.device.type == "cpu"):
+        if torch.compiler.is_compiling():
+            operator = getattr(torch.ops, __name__.partition(".")[0]).route
+            return cls(*operator(top_k_index, experts), tokens, top_k, experts)
+        if not sentinels and (validate or top_k_index.device.type == "cpu"):
             _check_values(top_k_index, experts)
         rows = sort_by_expert(top_k_index.reshape(-1).contiguous(), experts)
-        return cls(**rows._asdict(), tokens=tokens, top_k=top_k, experts=experts)
+        return cls(*rows, tokens, top_k, experts)
 
     @classmethod
     def from_sorted(

@@ -29,6 +29,7 @@ COMPONENTS = (
     "quant",
     "autograd",
     "layers",
+    "library",
     "integrations",
     "compat_selective",
     "compat",

@@ -9,12 +9,14 @@ Saved for backward: x, h, the [rows, R] intermediates, and no copy of y: with d 
 gating, the gradient of a gate is <act, d> + <b2, dout>, and gating is a factor on d.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import Call, Plans, check_projection, input_grad, product
+from ..autograd import CHOSEN, Call, Plans, check_projection, input_grad, product
 from ..ops import (
     Activation,
     combine,
@@ -40,7 +42,7 @@ class Projection:
     weight: Tensor | BlockedWeight
     lora: LoRAWeights | None = None
     bias: Tensor | None = None
-    plans: Plans = Plans()
+    plans: Plans | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,9 @@ def experts_mlp(
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
     """
+    dense = isinstance(gate_up.weight, Tensor) and isinstance(down.weight, Tensor)
+    if torch.compiler.is_compiling() and dense:
+        return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
     _check_widths(hidden, gates, routing, gate_up, down)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -90,67 +95,97 @@ def experts_mlp(
     return ExpertsMLP.apply(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
 
 
+def compiled_mlp(
+    hidden: Tensor,
+    gates: Tensor,
+    routing: Routing,
+    gate_up: Projection,
+    down: Projection,
+    activation: Activation,
+) -> Tensor:
+    """`experts_mlp` through the registered operator, which torch.compile can trace."""
+    operator = getattr(torch.ops, __name__.partition(".")[0]).experts_mlp
+    scalings = [1.0 if part.lora is None else part.lora.scaling for part in (gate_up, down)]
+    tensors = (hidden, gates, *_tensors(gate_up), *_tensors(down))
+    return operator(*tensors, *routing.parts, *scalings, *activation.parts)[0]
+
+
 class ExpertsMLP(torch.autograd.Function):
     """Forward and backward of `experts_mlp`."""
 
     @staticmethod
-    def forward(ctx, x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, call: LayerCall):
-        """Operands as in `experts_mlp`; a and b of a projection together or neither."""
-        h, xa1 = product(x, w1, a1, b1, bias1, call.gate_up)
-        act = glu_forward(h, call.activation)
-        y, xa2 = product(act, w2, a2, b2, bias2, call.down)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        """x, gates, then weight, a, b, bias of gate_up and of down, then the call."""
+        *tensors, call = operands
+        out, *intermediates = mlp_forward(tuple(tensors), call)
         ctx.call = call
-        ctx.save_for_backward(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2)
-        return combine(y, call.gate_up.routing, gates=gates)
+        ctx.save_for_backward(*tensors, *intermediates)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
-        x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2 = ctx.saved_tensors
-        call: LayerCall = ctx.call
-        routing = call.gate_up.routing
-        needs = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 11
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
+        return (*mlp_backward(dout, ctx.saved_tensors, ctx.call, ctx.needs_input_grad), None)
 
-        dact, yb2 = input_grad(dout, w2, a2, b2, None, RowOrder.TOKEN, call.down, wants_dx=True)
-        dh, act, dgates = glu_backward(h, dact, routing, call.activation, gates=gates)
-        del dact
-        if needs[1]:
-            grads[1] = _gate_grad(dgates, dout, bias2, routing).to(gates.dtype)
-        orders = {"x_order": RowOrder.EXPERT, "dy_order": RowOrder.TOKEN, "row_scale": gates}
-        if needs[7] or needs[8]:
-            plan = call.down.plans.weight_grad
-            grads[7:9] = lora_grads(
-                act, dout, xa2, yb2, a2, b2, call.down.scaling, routing,
-                RowOrder.EXPERT, RowOrder.TOKEN, gates, plan,
-            )  # fmt: skip
-        if needs[6]:
-            grads[6] = expert_weight_grad(act, dout, routing, **orders)
-        if needs[9]:
-            dbias = expert_bias_grad(dout, routing, dy_order=RowOrder.TOKEN, row_scale=gates)
-            grads[9] = dbias.to(bias2.dtype)
-        del act
 
-        yb1 = None
-        if needs[0] or needs[3] or needs[4]:
-            grads[0], yb1 = input_grad(
-                dh, w1, a1, b1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
-            )
-        orders = {"x_order": RowOrder.TOKEN, "dy_order": RowOrder.EXPERT}
-        if needs[3] or needs[4]:
-            plan = call.gate_up.plans.weight_grad
-            grads[3:5] = lora_grads(
-                x, dh, xa1, yb1, a1, b1, call.gate_up.scaling, routing,
-                RowOrder.TOKEN, RowOrder.EXPERT, None, plan,
-            )  # fmt: skip
-        if needs[2]:
-            grads[2] = expert_weight_grad(x, dh, routing, **orders)
-        if needs[5]:
-            grads[5] = expert_bias_grad(dh, routing, dy_order=RowOrder.EXPERT).to(bias1.dtype)
-        return tuple(grads)
+def mlp_forward(
+    operands: tuple[Tensor | None, ...], call: LayerCall
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The result, h, s1 x A1^T and s2 act A2^T; operands as in `ExpertsMLP`."""
+    x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2 = operands
+    h, xa1 = product(x, w1, a1, b1, bias1, call.gate_up)
+    act = glu_forward(h, call.activation)
+    y, xa2 = product(act, w2, a2, b2, bias2, call.down)
+    return combine(y, call.gate_up.routing, gates=gates), h, xa1, xa2
+
+
+def mlp_backward(
+    dout: Tensor, saved: tuple[Tensor | None, ...], call: LayerCall, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands; saved: the operands and what the forward returned besides."""
+    x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2 = saved
+    routing = call.gate_up.routing
+    grads: list[Tensor | None] = [None] * 10
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+
+    dact, yb2 = input_grad(dout, w2, a2, b2, None, RowOrder.TOKEN, call.down, wants_dx=True)
+    dh, act, dgates = glu_backward(h, dact, routing, call.activation, gates=gates)
+    del dact
+    if needs[1]:
+        grads[1] = _gate_grad(dgates, dout, bias2, routing).to(gates.dtype)
+    orders = {"x_order": RowOrder.EXPERT, "dy_order": RowOrder.TOKEN, "row_scale": gates}
+    if needs[7] or needs[8]:
+        plan = call.down.plans.weight_grad
+        grads[7:9] = lora_grads(
+            act, dout, xa2, yb2, a2, b2, call.down.scaling, routing,
+            RowOrder.EXPERT, RowOrder.TOKEN, gates, plan,
+        )  # fmt: skip
+    if needs[6]:
+        grads[6] = expert_weight_grad(act, dout, routing, **orders)
+    if needs[9]:
+        dbias = expert_bias_grad(dout, routing, dy_order=RowOrder.TOKEN, row_scale=gates)
+        grads[9] = dbias.to(bias2.dtype)
+    del act
+
+    yb1 = None
+    if needs[0] or needs[3] or needs[4]:
+        grads[0], yb1 = input_grad(
+            dh, w1, a1, b1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
+        )
+    orders = {"x_order": RowOrder.TOKEN, "dy_order": RowOrder.EXPERT}
+    if needs[3] or needs[4]:
+        plan = call.gate_up.plans.weight_grad
+        grads[3:5] = lora_grads(
+            x, dh, xa1, yb1, a1, b1, call.gate_up.scaling, routing,
+            RowOrder.TOKEN, RowOrder.EXPERT, None, plan,
+        )  # fmt: skip
+    if needs[2]:
+        grads[2] = expert_weight_grad(x, dh, routing, **orders)
+    if needs[5]:
+        grads[5] = expert_bias_grad(dh, routing, dy_order=RowOrder.EXPERT).to(bias1.dtype)
+    return tuple(grads)
 
 
 def _gate_grad(dgates: Tensor, dout: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
@@ -173,7 +208,7 @@ def _call(projection: Projection, routing: Routing, source: RowOrder, target: Ro
         source=source,
         target=target,
         scaling=1.0 if lora is None else lora.scaling,
-        plans=projection.plans,
+        plans=projection.plans or CHOSEN,
         blocks=None if isinstance(projection.weight, Tensor) else projection.weight,
     )
 

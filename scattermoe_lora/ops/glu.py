@@ -51,6 +51,11 @@ class Activation:
                 f"a tanh gate has alpha 1 and shift 0, got {self.alpha} and {self.shift}"
             )
 
+    @property
+    def parts(self) -> tuple[str, float, float, float, bool]:
+        """The fields in order, as an operator's plain arguments."""
+        return self.gate.value, self.alpha, self.shift, self.limit, self.interleaved
+
 
 def glu_forward(h: Tensor, activation: Activation) -> Tensor:
     """act [rows, I] from h [rows, 2 I], computed in fp32 and rounded once.

@@ -1,0 +1,138 @@
+"""The registered operators: schema, fakes, gradients, torch.compile."""
+
+import pytest
+import torch
+
+import scattermoe_lora as sm
+
+pytestmark = pytest.mark.correctness
+OPERATORS = torch.ops.scattermoe_lora
+
+
+def draw(device, *, bias: bool = False) -> dict:
+    """Operands of a small layer, each requiring a gradient but the base weights."""
+    torch.manual_seed(7)
+    experts, tokens, top_k, hidden, width, rank = 4, 6, 2, 32, 16, 5
+
+    def normal(*shape, grad=True):
+        return torch.randn(*shape, device=device).requires_grad_(grad)
+
+    return {
+        "index": torch.randint(0, experts, (tokens, top_k), device=device),
+        "experts": experts,
+        "x": normal(tokens, hidden),
+        "gates": torch.rand(tokens, top_k, device=device).requires_grad_(),
+        "w1": normal(experts, 2 * width, hidden, grad=False),
+        "w2": normal(experts, hidden, width, grad=False),
+        "a1": normal(experts, rank, hidden),
+        "b1": normal(experts, 2 * width, rank),
+        "a2": normal(experts, rank, width),
+        "b2": normal(experts, hidden, rank),
+        "bias1": normal(experts, 2 * width) if bias else None,
+        "bias2": normal(experts, hidden) if bias else None,
+    }
+
+
+def layer(t: dict, x, gates, index):
+    """The expert MLP as a function of what changes from step to step."""
+    routing = sm.Routing.from_top_k(index, t["experts"])
+    first = sm.LoRAWeights(a=t["a1"], b=t["b1"], scaling=1.3)
+    second = sm.LoRAWeights(a=t["a2"], b=t["b2"], scaling=-0.5)
+    gate_up = sm.Projection(weight=t["w1"].mT, lora=first, bias=t["bias1"])
+    down = sm.Projection(weight=t["w2"].mT, lora=second, bias=t["bias2"])
+    return sm.experts_mlp(x, gates, routing, gate_up=gate_up, down=down, activation=sm.Activation())
+
+
+def projection(t: dict, x, gates, index):
+    """One gated projection."""
+    routing = sm.Routing.from_top_k(index, t["experts"])
+    return sm.expert_linear(
+        x,
+        t["w1"].mT,
+        routing,
+        source=sm.RowOrder.TOKEN,
+        target=sm.RowOrder.SLOT,
+        lora=sm.LoRAWeights(a=t["a1"], b=t["b1"], scaling=1.3),
+        bias=t["bias1"],
+        gates=gates,
+    )
+
+
+def value_and_gradients(function, t: dict) -> list[torch.Tensor]:
+    """The result and the gradient of every operand that has one."""
+    leaves = [v for v in t.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    for leaf in leaves:
+        leaf.grad = None
+    out = function(t, t["x"], t["gates"], t["index"])
+    out.square().sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("function", [projection, layer])
+def test_compiled_equals_eager_bitwise(function, bias, device):
+    t = draw(device, bias=bias)
+    eager = value_and_gradients(function, t)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    traced = value_and_gradients(compiled, t)
+    assert len(eager) == len(traced) > 2
+    for expected, got in zip(eager, traced, strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_operators_pass_opcheck(device):
+    t = draw(device)
+    routing = sm.Routing.from_top_k(t["index"], t["experts"])
+    torch.library.opcheck(OPERATORS.route.default, (t["index"], t["experts"]))
+    weight = t["w1"].mT.detach().requires_grad_()
+    adapter = (t["a1"], t["b1"])
+    orders = ("token", "slot")
+    operands = (t["x"], weight, *adapter, None, t["gates"])
+    torch.library.opcheck(
+        OPERATORS.expert_linear.default, (*operands, *routing.parts, 1.3, *orders)
+    )
+    operands = (t["x"], t["gates"], t["w1"].mT, *adapter, None, t["w2"].mT, None, None, None)
+    torch.library.opcheck(
+        OPERATORS.experts_mlp.default,
+        (*operands, *routing.parts, 1.3, 1.0, *sm.Activation().parts),
+    )
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_new_data_and_routing(device):
+    """No host synchronisation anywhere in forward and backward: capture fails on one."""
+    t = draw(device)
+    leaves = [t["x"], t["gates"], t["a1"], t["b1"], t["a2"], t["b2"]]
+    upstream = torch.randn(t["x"].shape, device=device)
+
+    def step():
+        out = layer(t, t["x"], t["gates"], t["index"])
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            t["x"].normal_()
+            t["index"].random_(0, t["experts"])
+        graph.replay()
+        for expected, got in zip(step(), captured, strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(device):
+    t = draw(device)
+    value_and_gradients(layer, t)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_and_gradients(layer, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
