@@ -77,6 +77,13 @@ def test_quantised_weights_decode_to_the_nearest_code(device, codebook):
     assert torch.equal((weight - decoded).abs(), (weight[..., None] - every).abs().amin(-1))
 
 
+@pytest.mark.parametrize("blocksize", [2, 6, 12, 24])
+def test_blocks_that_end_inside_a_word_decode_exactly(device, blocksize):
+    problem, tensors, stored = drawn(device, experts=3, shape=(5, 8), blocksize=blocksize)
+    want = reference.four_bit(tensors, problem, dtype=torch.float16)
+    assert torch.equal(stored.dense(dtype=torch.float16), want)
+
+
 def test_bytes_that_start_off_a_word_decode_alike(device):
     problem, tensors, stored = drawn(device, experts=3, shape=(4, 32))
     shifted = torch.empty(tensors["packed"].numel() + 1, dtype=torch.uint8, device=device)

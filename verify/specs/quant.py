@@ -76,6 +76,7 @@ FOUR_BIT: Mapping[Case, Blocks] = {
     _case("smallest", 1, 1, 2, selected=1, ids="one"): Blocks(size=32),
     _case("none-selected", 4, 8, 32, selected=0): Blocks(outer=4),
     _case("block-of-no-power-of-two", 4, 8, 30): Blocks(size=24),
+    _case("block-of-half-words", 4, 5, 8): Blocks(size=12),
     _case("qwen3-gate-up", 128, 1536, 2048, "model", "bench", selected=128): Blocks(),
     _case("qwen3-gate-up-nested", 128, 1536, 2048, "model", "bench", selected=128): Blocks(
         outer=256
@@ -354,6 +355,12 @@ DEQUANTIZE_FOUR_BIT = KernelSpec(
             "the last item of an expert stays unwritten",
             "tl.minimum(items - start, BLOCK).to",
             "tl.minimum(items - start - 1, BLOCK).to",
+        ),
+        _mutant(
+            "words-across-blocks",
+            "words where blocks are not made of whole ones",
+            " and blocksize % 8 == 0",
+            "",
         ),
         _mutant(
             "rounded-scale",
