@@ -200,7 +200,7 @@ def test_merging_rounds_once_and_unmerging_restores_the_base(family, dtype):
 def merged_by_hand(weight, wrapper):
     """round(W + s B A), one expert after the other in fp32."""
     swapped = getattr(wrapper, "_did_swap_in_out_features", False)
-    result = torch.empty_like(weight)
+    result = weight.empty() if hasattr(weight, "empty") else torch.empty_like(weight)
     for name in wrapper.lora_A:
         a = wrapper.lora_A[name].weight.detach().float()
         b = wrapper.lora_B[name].weight.detach().float()

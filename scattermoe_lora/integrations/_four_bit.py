@@ -10,6 +10,11 @@ from torch.nn.utils import parametrize
 
 from ..quant import FourBit, four_bit
 
+PACKED_ELEMENTS = 2**24
+"""Elements that are packed at a time, where one expert has fewer."""
+NESTED_BLOCKSIZE = 256
+"""Scales per second-level scale, as in bitsandbytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parametrised:
@@ -41,18 +46,46 @@ def parametrised(module: nn.Module, name: str) -> Parametrised | None:
 
 
 def quantized(
-    weight: Tensor, *, quant_type: str, blocksize: int | None, nested: bool
+    weight: Tensor,
+    *,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Any]:
-    """Packed bytes and state of a dense stack, by bitsandbytes."""
+    """Packed bytes and state of a dense stack [experts, d1, d2], as bitsandbytes packs it whole.
+
+    Experts are packed a few at a time, so that only those few are beside the result on `device`, and
+    in the fp32 that some backends work in. Where blocks straddle experts all are packed at once.
+    """
     from bitsandbytes import functional
 
-    settings = {} if blocksize is None else {"blocksize": blocksize}
-    return functional.quantize_4bit(
-        weight.detach().contiguous(),
-        compress_statistics=nested,
-        quant_type=quant_type,
-        **settings,
-    )
+    weight = weight.detach()
+    device = weight.device if device is None else torch.device(device)
+    settings = {"blocksize": blocksize, "quant_type": quant_type}
+    elements = weight[0].numel()
+    step = max(1, PACKED_ELEMENTS // elements)
+    if elements % blocksize:
+        return functional.quantize_4bit(
+            weight.to(device).contiguous(), compress_statistics=nested, **settings
+        )
+    total = weight.numel()
+    packed = torch.empty((total // 2, 1), dtype=torch.uint8, device=device)
+    absmax = torch.empty(total // blocksize, dtype=torch.float32, device=device)
+    for first in range(0, weight.shape[0], step):
+        piece = weight[first : first + step].to(device).contiguous()
+        low, high = first * elements, first * elements + piece.numel()
+        part, state = functional.quantize_4bit(piece, **settings)
+        packed[low // 2 : high // 2] = part
+        absmax[low // blocksize : high // blocksize] = state.absmax
+    state.shape, state.absmax = weight.shape, absmax
+    if nested:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(
+            state.absmax - state.offset, blocksize=NESTED_BLOCKSIZE
+        )
+        state.nested = True
+    return packed, state
 
 
 def install(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
@@ -131,11 +164,11 @@ def replace(module: nn.Module, name: str, merged: Tensor, *, like: Parametrised)
 
 def relative_error(stored: FourBit, dense: Tensor) -> float:
     """||decoded - dense|| / ||dense||, one expert at a time."""
-    difference = torch.zeros((), dtype=torch.float64, device=dense.device)
+    difference = torch.zeros((), dtype=torch.float64, device=stored.device)
     norm = torch.zeros_like(difference)
     for expert in range(stored.experts):
-        truth = dense[expert].double()
-        decoded = stored.dense(range(expert, expert + 1), dtype=torch.float32)[0].double()
-        difference += (decoded - truth).square().sum()
-        norm += truth.square().sum()
+        truth = dense[expert].to(stored.device).float()
+        decoded = stored.dense(range(expert, expert + 1), dtype=torch.float32)[0].sub_(truth)
+        difference += torch.linalg.vector_norm(decoded, dtype=torch.float64).square()
+        norm += torch.linalg.vector_norm(truth, dtype=torch.float64).square()
     return float((difference / norm).sqrt()) if float(norm) else 0.0

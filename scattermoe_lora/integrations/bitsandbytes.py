@@ -166,10 +166,11 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Pack one stack, and keep its state until the model is complete."""
         settings = self.quantization_config
         packed, self.states[name] = _four_bit.quantized(
-            value if self.device is None else value.to(self.device),
+            value,
             quant_type=settings.bnb_4bit_quant_type,
             blocksize=settings.experts_blocksize,
             nested=settings.bnb_4bit_use_double_quant,
+            device=self.device,
         )
         return nn.Parameter(packed, requires_grad=False)
 
@@ -310,15 +311,14 @@ def quantize_experts(
             raise TypeError(
                 f"{name} is stored as {type(stored).__name__} and cannot be packed again"
             )
-        weight = dense.data if device is None else dense.data.to(device)
         packed, state = _four_bit.quantized(
-            weight, quant_type=quant_type, blocksize=blocksize, nested=nested
+            dense.data, quant_type=quant_type, blocksize=blocksize, nested=nested, device=device
         )
         after = _four_bit.four_bit(packed, state)
         rows.append(
             QuantizationRow(
                 name=name,
-                relative_error=_four_bit.relative_error(after, weight),
+                relative_error=_four_bit.relative_error(after, dense.data),
                 bytes_before=dense.nbytes,
                 bytes_after=after.nbytes,
             )

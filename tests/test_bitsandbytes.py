@@ -1,0 +1,336 @@
+"""4-bit experts: packed while loading or afterwards, saved, trained with adapters, merged."""
+
+import copy
+import gc
+import weakref
+
+import hf_models
+import pytest
+import torch
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+
+import bitsandbytes
+import transformers
+from test_peft import adapted, merged_by_hand, ours, wrappers
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import scattermoe_lora.integrations.transformers as layer
+from scattermoe_lora.integrations import _four_bit
+from scattermoe_lora.integrations import bitsandbytes as packing
+from scattermoe_lora.integrations import peft as adapters
+
+pytestmark = pytest.mark.hf
+
+NAMES = ("gate_up_proj", "down_proj")
+
+
+def parametrised(module, name):
+    """Packed bytes and state, from bitsandbytes' own attributes."""
+    entries = module.parametrizations[name]
+    return entries.original, entries[0].quant_state
+
+
+def decoded(module, name):
+    """The dense stack by bitsandbytes, flattened: short rows go wrong on AVX-512 CPUs."""
+    packed, state = parametrised(module, name)
+    flat = copy.copy(state)
+    flat.shape = torch.Size([1, state.shape.numel()])
+    return bitsandbytes.functional.dequantize_4bit(packed, flat).reshape(state.shape)
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_state(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype, name
+        assert torch.equal(bits(value), bits(other[name])), name
+
+
+def loaded(path, *, dtype=torch.bfloat16, **settings):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, experts_implementation=layer.KEY, **settings
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A family's model on disk, dense."""
+
+    def save(family, dtype=torch.bfloat16):
+        model = hf_models.tiny_model(family, dtype=dtype)
+        model.save_pretrained(tmp_path / "dense")
+        return model, tmp_path / "dense"
+
+    return save
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved):
+    dense, path = saved(family)
+    config = packing.ExpertsQuantizationConfig(bnb_4bit_use_double_quant=nested)
+    model = loaded(path, quantization_config=config)
+    (experts,), (reference,) = hf_models.experts_of(model), hf_models.experts_of(dense)
+    for name in NAMES:
+        packed, state = parametrised(experts, name)
+        expected, expected_state = bitsandbytes.functional.quantize_4bit(
+            getattr(reference, name).data, quant_type="nf4", compress_statistics=nested
+        )
+        assert torch.equal(packed, expected)
+        assert torch.equal(bits(state.absmax), bits(expected_state.absmax))
+        assert not packed.requires_grad
+    assert type(model.model.layers[0].self_attn.o_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("linears", [False, True], ids=["experts", "all"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_saving_and_loading_keeps_every_bit(family, nested, linears, saved, tmp_path):
+    _, path = saved(family)
+    config = packing.ExpertsQuantizationConfig(linears=linears, bnb_4bit_use_double_quant=nested)
+    model = loaded(path, quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    read = loaded(tmp_path / "packed")
+    same_state(model.state_dict(), read.state_dict())
+    read.save_pretrained(tmp_path / "again")
+    same_state(model.state_dict(), loaded(tmp_path / "again").state_dict())
+
+
+def test_packing_a_loaded_model_equals_packing_while_loading(saved, tmp_path):
+    model, path = saved("qwen3_moe")
+    report = packing.quantize_experts(model)
+    config = packing.ExpertsQuantizationConfig(linears=False)
+    same_state(model.state_dict(), loaded(path, quantization_config=config).state_dict())
+    dense = hf_models.tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    for row, name in zip(report.rows, NAMES, strict=True):
+        truth = getattr(hf_models.experts_of(dense)[0], name).double()
+        got = decoded(hf_models.experts_of(model)[0], name).double()
+        # The report decodes to fp32, bitsandbytes to the dtype of the stack.
+        rounding = torch.finfo(torch.bfloat16).eps
+        assert abs(row.relative_error - float((got - truth).norm() / truth.norm())) < rounding
+        assert row.bytes_after < row.bytes_before / 3
+    assert packing.quantize_experts(model).rows == ()
+    model.save_pretrained(tmp_path / "packed")
+    same_state(model.state_dict(), loaded(tmp_path / "packed").state_dict())
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once, beside those of `model`."""
+
+    def __init__(self, model=None):
+        super().__init__()
+        here = [] if model is None else model.state_dict().values()
+        self.storages = {value.untyped_storage()._cdata for value in here}
+        self.alive, self.peak = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                self.count(value.untyped_storage())
+        return result
+
+    def count(self, storage):
+        key = storage._cdata
+        if key in self.storages or not storage.nbytes():
+            return
+        self.storages.add(key)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self.gone, key, storage.nbytes())
+
+    def gone(self, key, size):
+        self.storages.discard(key)
+        self.alive -= size
+
+
+def many_experts(**settings):
+    """A model whose experts are small beside a stack, and the bytes of its largest stack."""
+    model = hf_models.tiny_model(
+        "qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=3, num_experts=64, **settings
+    )
+    return model, max(
+        getattr(module, name).nbytes for module in hf_models.experts_of(model) for name in NAMES
+    )
+
+
+def test_packing_needs_no_more_than_one_dense_stack(monkeypatch):
+    model, stack = many_experts()
+    monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", stack // 64)
+    # Triton's interpreter copies the operands of the kernel that decodes for the report.
+    monkeypatch.setattr(_four_bit, "relative_error", lambda packed, dense: 0.0)
+    gc.collect()
+    with Peak(model) as peak:
+        report = packing.quantize_experts(model)
+    packed = sum(row.bytes_after for row in report.rows)
+    assert packed <= peak.peak <= packed + stack
+
+
+def test_loading_holds_one_stack_and_what_transformers_makes_it_of(tmp_path):
+    model, stack = many_experts()
+    model.save_pretrained(tmp_path)
+    del model
+    gc.collect()
+    config = packing.ExpertsQuantizationConfig(linears=False)
+    with Peak() as peak:
+        model = loaded(tmp_path, quantization_config=config)
+    kept = sum(value.nbytes for value in model.state_dict().values())
+    assert kept < peak.peak <= kept + 2 * stack
+
+
+@pytest.mark.gpu
+def test_loading_onto_a_device_holds_one_dense_stack_there(tmp_path, device):
+    model, stack = many_experts(moe_intermediate_size=512)
+    model.save_pretrained(tmp_path)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    config = packing.ExpertsQuantizationConfig(linears=False)
+    model = loaded(tmp_path, quantization_config=config, device_map="auto")
+    kept = torch.cuda.memory_allocated() - before
+    assert torch.cuda.max_memory_allocated() - before <= kept + stack
+    assert {value.device.type for value in model.parameters()} == {"cuda"}
+
+
+def test_one_device_unless_a_framework_places_parameters():
+    device = torch.device("cuda", 3)
+    for asked in (None, "auto"):
+        assert packing.placement(asked, device=device, sharded=False) == {"": device}
+        assert packing.placement(asked, device=device, sharded=True) == asked
+    chosen = {"model.layers.0": 0, "model.layers.1": 1}
+    assert packing.placement(chosen, device=device, sharded=False) == chosen
+    assert packing.placement("balanced", device=device, sharded=False) == "balanced"
+    assert packing.local_device() == torch.device("cpu") or torch.cuda.is_available()
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_moe"])
+def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family):
+    # PEFT itself is wrong on packed experts since 0.19.1, so it judges on the decoded ones.
+    model = hf_models.tiny_model(family)
+    dense = copy.deepcopy(model)
+    packing.quantize_experts(model)
+    with torch.no_grad():
+        for name in NAMES:
+            weight = decoded(hf_models.experts_of(model)[0], name)
+            getattr(hf_models.experts_of(dense)[0], name).copy_(weight)
+    dense, model = adapted(dense), ours(adapted(model))
+    copy_adapters(dense, model)
+    ids = hf_models.tokens()
+    truth = hf_models.step(hf_models.eager(dense, dtype=torch.float64), ids)
+    plain = hf_models.step(hf_models.eager(dense), ids)
+    got = hf_models.step(model, ids)
+    hf_models.assert_as_good(got, plain, truth)
+    again = hf_models.step(model, ids)
+    for name, value in got.items():
+        assert torch.equal(again[name], value), name
+
+
+def copy_adapters(source, target):
+    """By name: attached wrappers are nested on packed experts as on dense ones."""
+    values = {name: value for name, value in source.named_parameters() if "lora_" in name}
+    taken = {name: value for name, value in target.named_parameters() if "lora_" in name}
+    assert values.keys() == taken.keys()
+    with torch.no_grad():
+        for name, value in values.items():
+            taken[name].copy_(value)
+
+
+def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(tmp_path):
+    model = hf_models.tiny_model("olmoe")
+    packing.quantize_experts(model)
+    model = ours(adapted(model))
+    model.save_pretrained(tmp_path)
+    dense = hf_models.tiny_model("olmoe")
+    dense.set_experts_implementation(layer.KEY)
+    by_parameter = {wrapper.parameter_name: wrapper for wrapper in wrappers(model)}
+    for read in (
+        adapters.load_adapter(copy.deepcopy(dense), tmp_path),
+        ours(adapters.PeftModel.from_pretrained(dense, tmp_path)),
+    ):
+        for wrapper in wrappers(read):
+            other = by_parameter[wrapper.parameter_name]
+            assert torch.equal(wrapper.lora_A["default"].weight, other.lora_A["default"].weight)
+            assert torch.equal(wrapper.lora_B["default"].weight, other.lora_B["default"].weight)
+
+
+def test_a_short_target_finds_packed_experts(tmp_path):
+    model = adapted(hf_models.tiny_model("olmoe"), targets=["experts.down_proj"])
+    ours(model).save_pretrained(tmp_path)
+    packed = hf_models.tiny_model("olmoe")
+    packing.quantize_experts(packed)
+    packed.set_experts_implementation(layer.KEY)
+    report = adapters.coverage(adapters.load_adapter(packed, tmp_path, trainable=True))
+    assert [bool(row.adapters) for row in report.rows] == [False, True]
+    assert report.rows[1].storage == "FourBit float32"
+    assert report.trainable > 0
+
+
+def test_another_implementation_on_packed_experts_is_refused():
+    model = hf_models.tiny_model("olmoe")
+    packing.quantize_experts(model)
+    model = ours(adapted(model))
+    model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match="PEFT drops or accumulates adapters"):
+        model(input_ids=hf_models.tokens())
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_merging_into_packed_experts(family, nested, tmp_path):
+    model = hf_models.tiny_model(family, dtype=torch.bfloat16)
+    packing.quantize_experts(model, nested=nested)
+    model = ours(adapted(model))
+    (experts,) = hf_models.experts_of(model.get_base_model())
+    before = {name: parametrised(experts, name)[0].clone() for name in NAMES}
+    state = {name: bits(value).clone() for name, value in model.state_dict().items()}
+    expected = {
+        wrapper.parameter_name: merged_by_hand(fp32_of(experts, wrapper.parameter_name), wrapper)
+        for wrapper in wrappers(model)
+    }
+    adapters.merge(model)
+    for name in NAMES:
+        assert torch.equal(getattr(experts, name), expected[name])
+    with pytest.raises(ValueError, match="is dense although"):
+        model.get_base_model().save_pretrained(tmp_path)
+    adapters.unmerge(model)
+    report = adapters.merge(model, requantize=True)
+    for row in report.rows:
+        merged, got = expected[row.parameter].double(), decoded(experts, row.parameter).double()
+        error = float((got - merged).norm() / merged.norm())
+        assert abs(row.requantization_error - error) < torch.finfo(torch.bfloat16).eps
+        assert f"{row.requantization_error:.2e}" in str(report)
+        assert not torch.equal(parametrised(experts, row.parameter)[0], before[row.parameter])
+    adapters.unmerge(model)
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    for name, value in after.items():
+        assert torch.equal(bits(value), state[name]), name
+
+
+def fp32_of(experts, name):
+    """The decoded stack in fp32, which the dtype of the experts has not rounded yet."""
+    packed, state = parametrised(experts, name)
+    exact = copy.copy(state)
+    exact.dtype, exact.shape = torch.float32, torch.Size([1, state.shape.numel()])
+    dense = bitsandbytes.functional.dequantize_4bit(packed, exact).reshape(state.shape)
+    return Carrier(dense, state.dtype)
+
+
+class Carrier:
+    """fp32 values whose results are of another dtype."""
+
+    def __init__(self, values, dtype):
+        self.values, self.dtype = values, dtype
+
+    def __getitem__(self, expert):
+        return self.values[expert]
+
+    def empty(self):
+        return torch.empty(self.values.shape, dtype=self.dtype)
