@@ -1,7 +1,8 @@
 """The command line: `python -m verify [command] ...`; without a command it is `check`.
 
 A command is a module `verify.commands.<name>` with `HELP`, `add_arguments(parser)` and `main(arguments) -> int`.
-Modules are imported when their command is run: what imports Triton waits until the device is chosen.
+Modules are imported when their command is run: what imports Triton waits until the device is
+chosen.
 """
 
 import argparse
@@ -11,6 +12,12 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "check": "every kernel and path against its reference (the default)",
+    "doctor": "versions and devices, and what is known to be wrong with them",
+    "fuzz": "kernels on launches that nobody listed, for a time or until stopped",
+    "qualify": "everything, stage by stage, on a GPU that nobody has tried",
+    "replay": "findings of fuzz and failures of check, rerun exactly",
+    "report": "one HTML page, and Markdown, of all records",
+    "sanitize": "kernels under compute-sanitizer",
 }
 DEFAULT = "check"
 

@@ -1,0 +1,124 @@
+"""Kernels on launches that nobody listed, for a time or until stopped."""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+
+from .common import _words, add_common, check_names, prepare, source_directory
+
+_FOREVER = 10.0**9
+_PER_GPU = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    parser.add_argument("--seconds", type=float, help="how long; until stopped, unless stated")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument(
+        "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--directory", type=Path, metavar="DIR", help="a new directory for journals and findings"
+    )
+    place.add_argument("--resume", type=Path, metavar="DIR", help="go on with the campaign there")
+    parser.add_argument(
+        "--tree", type=Path, metavar="DIR", help="directory of another copy of the package to run"
+    )
+    parser.add_argument("--workers", type=int, help="processes per GPU (4), or on the CPU (1)")
+    parser.add_argument(
+        "--patience", type=float, default=30.0, help="seconds after which a launch counts as hung"
+    )
+    parser.add_argument(
+        "--shrink-seconds", type=float, default=60.0, help="how long each finding is shrunk"
+    )
+    parser.add_argument(
+        "--sanitize",
+        type=int,
+        default=0,
+        metavar="N",
+        help="afterwards, run N of the kept launches under compute-sanitizer",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run a campaign; 1 if there are findings."""
+    device = prepare(arguments.device)
+    from ..fuzz import Campaign
+    from ..fuzz_summary import markdown, print_summary, progress, record
+    from ..records import fingerprints, write_json
+    from ..specs import KERNELS
+
+    check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
+    directory, settings = _settings(arguments, device)
+    campaign = Campaign(directory, settings, {spec.name: spec for spec in KERNELS})
+    write_json(directory / "campaign.json", asdict(settings))
+    tree = Path(settings.tree) if settings.tree else source_directory()
+    names = set(settings.kernels) or {spec.name for spec in KERNELS}
+    fingerprint = fingerprints(tree, (spec for spec in KERNELS if spec.name in names))
+    seconds = arguments.seconds or 60 * (arguments.minutes or 0) or _FOREVER
+    end, told, complete = time.monotonic() + seconds, 0.0, False
+    console = Console(stderr=True)
+    console.print(f"journals and findings in {directory}", highlight=False)
+    try:
+        with Live(console=console, refresh_per_second=2, transient=True) as live:
+            for _ in campaign.run(seconds):
+                left = end - time.monotonic()
+                live.update(progress(campaign, left if seconds < _FOREVER else 0.0))
+                if not console.is_terminal and time.monotonic() - told > 30:
+                    told = time.monotonic()
+                    console.print(progress(campaign, left))
+        complete = True
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with --resume {directory}", highlight=False)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+    finally:
+        values = record(campaign, fingerprint, complete=complete)
+        for path in {directory / "fuzz.json", arguments.json or directory / "fuzz.json"}:
+            write_json(path, values)
+        (directory / "fuzz.md").write_text(markdown(values, directory))
+    print_summary(Console(), campaign)
+    return int(bool(campaign.findings) or not campaign.counts.launches)
+
+
+def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Any]:
+    """Of a new campaign, or those of the one to be resumed."""
+    from ..fuzz import Settings
+
+    if arguments.resume is not None:
+        file = arguments.resume / "campaign.json"
+        if not file.is_file():
+            raise SystemExit(f"--resume: there is no campaign in {arguments.resume}")
+        values = json.loads(file.read_text())
+        values |= {name: tuple(values[name]) for name in ("devices", "kernels")}
+        return arguments.resume, Settings(**values)
+    directory = arguments.directory or Path(f"fuzz-{datetime.now():%Y%m%d-%H%M%S}")
+    if (directory / "campaign.json").exists():
+        raise SystemExit(f"there is a campaign in {directory}; go on with --resume {directory}")
+    devices = ["cpu"]
+    if device.type == "cuda":
+        indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+        devices = [f"cuda:{index}" for index in indices]
+    spare = max((os.cpu_count() or 1) // len(devices), 1)
+    workers = arguments.workers or (min(_PER_GPU, spare) if device.type == "cuda" else 1)
+    tree = str(arguments.tree.resolve()) if arguments.tree else ""
+    return directory, Settings(
+        devices=tuple(devices),
+        workers=workers,
+        seed=arguments.seed,
+        kernels=arguments.kernels,
+        tree=tree,
+        patience=arguments.patience,
+        shrink_seconds=arguments.shrink_seconds,
+    )
