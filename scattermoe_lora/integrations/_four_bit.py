@@ -1,6 +1,7 @@
 """Parametrised 4-bit parameters of bitsandbytes: read, made, taken apart and put back."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,8 @@ def quantized(
 ) -> tuple[Tensor, Any]:
     """Packed bytes and state of a dense stack [experts, d1, d2], as bitsandbytes packs it whole.
 
-    Experts are packed a few at a time, so that only those few are beside the result on `device`, and
-    in the fp32 that some backends work in. Where blocks straddle experts all are packed at once.
+    Experts are packed a few at a time: only those few are beside the result on `device`, and in the
+    fp32 that some backends work in. Where blocks straddle experts all are packed at once.
     """
     from bitsandbytes import functional
 
@@ -125,6 +126,40 @@ def install_parts(module: nn.Module, name: str, found: dict[str, Tensor]) -> Non
     tables = {key: value for key, value in found.items() if key not in ("data", "quant_state")}
     tables[f"quant_state.bitsandbytes__{settings['quant_type']}"] = found["quant_state"].cpu()
     install(module, name, data, QuantState.from_dict(tables, device=data.device))
+
+
+def sliced(packed: Parametrised, experts: slice) -> Parametrised:
+    """Consecutive experts of a packed stack, which decode as before; nested scales become plain.
+
+    Raises:
+        ValueError: blocks straddle experts, so that neighbours share a scale.
+    """
+    from bitsandbytes import functional
+    from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+    state = packed.state
+    elements = math.prod(state.shape[1:])
+    if elements % state.blocksize:
+        raise ValueError(
+            f"experts of {elements} elements share blocks of {state.blocksize}, so they cannot be "
+            "divided among ranks"
+        )
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    low, high = experts.start * elements, experts.stop * elements
+    part = functional.QuantState(
+        absmax=absmax[low // state.blocksize : high // state.blocksize].float().clone(),
+        shape=torch.Size([experts.stop - experts.start, *state.shape[1:]]),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    flat = packed.packed.view(torch.uint8).reshape(-1)[low // 2 : high // 2]
+    return Parametrised(
+        packed=flat.reshape(-1, 1).clone(), parametrisation=Bnb4bitParametrization(part)
+    )
 
 
 def remove(module: nn.Module, name: str) -> None:

@@ -1,7 +1,7 @@
 """PEFT's adapters on expert parameters, used in factored form.
 
-    model = get_peft_model(model, LoraConfig(target_modules=[],
-    target_parameters=expert_parameters(model))) print(attach(model))
+    model = adapt(model, LoraConfig(r=16, lora_alpha=32))      # get_peft_model and attach in one
+    print(coverage(model))
 
 PEFT replaces W by W + s B A before the experts run, twice per forward, and then computes a dense
 gradient of W. An attached wrapper passes (A, B, s) to the experts instead. Everything else stays
@@ -9,11 +9,12 @@ PEFT's: parameters, their names, `disable_adapter`, `set_adapter`, `save_pretrai
 undoes it.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ __all__ = [
     "MergeRow",
     "ParamWrapper",
     "ParameterRow",
+    "adapt",
     "attach",
     "coverage",
     "detach",
@@ -137,6 +139,26 @@ def expert_parameters(
     if not names:
         raise ValueError(f"no experts module has a parameter named {' or '.join(projections)}")
     return names
+
+
+def adapt(model: nn.Module, config: LoraConfig, *, adapter_name: str = "default") -> PeftModel:
+    """`get_peft_model` and `attach` in one, on dense or packed experts.
+
+    Args:
+        config: its target_parameters may be short names, as on dense models; without any, and
+        without
+            target_modules, every expert parameter is adapted. It is not changed.
+
+    Raises:
+        ValueError, UnsupportedExpertsError: as `attach`, and what PEFT refuses.
+    """
+    config = copy.deepcopy(config)
+    if not config.target_parameters and not config.target_modules:
+        config.target_modules = []
+        config.target_parameters = expert_parameters(model)
+    adapted = new_wrappers(model, config, adapter_name)
+    attach(adapted)
+    return adapted
 
 
 def attach(model: nn.Module) -> Coverage:
