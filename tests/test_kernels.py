@@ -24,8 +24,6 @@ def name(problem: Problem) -> str:
     return "-".join(words)
 
 
-
-
 @pytest.mark.parametrize("problem", QUICK, ids=name)
 def test_kernel_agrees_with_its_reference(problem):
     outcomes = list(problem.check(lambda plan: plan.quick))

@@ -2,6 +2,7 @@
 
 smoke   the first thing to run, seconds in the interpreter
 edge    small cases, each there for one boundary
+real    hidden states, weights and top-k of transformers models on text; needs the hf extra
 model   shapes of real models, for a GPU
 bench   the model cases that are also timed
 """
@@ -22,6 +23,7 @@ class Case:
     gated: every row is multiplied by its slot's gate. weight_layout: how W's storage is laid out (transposed: stored
     [experts, n_out, k_in]; strided: gaps between columns; offset: starts off the alignment of the allocator).
     lora_dtype: "same" as the activations, or "float32". values: normal, or offset (non-zero mean).
+    family: the transformers model that x, weight and top_k_index are taken from, or empty.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Case:
     lora_dtype: str = "same"
     scaling: float = 1.7
     values: str = "normal"
+    family: str = ""
     seed: int = 0
     tags: frozenset[str] = frozenset()
 
@@ -179,7 +182,28 @@ MODELS: tuple[Case, ...] = (
     *_model("mixtral-down", 8, 14336, 4096, 2),
 )
 
-CASES: tuple[Case, ...] = (*SMOKE, *EDGES, *MODELS)
+
+def _real(family: str, experts: int, top_k: int) -> Case:
+    """Hidden states, weights and top-k of a small random model of `family` on text."""
+    return Case(
+        name=f"real-{family}",
+        family=family,
+        tokens=48,
+        experts=experts,
+        top_k=top_k,
+        k_in=64,
+        n_out=96,
+        weight_layout="transposed",
+        tags=frozenset({"real"}),
+    )
+
+
+REAL: tuple[Case, ...] = (
+    _real("qwen3-moe", 8, 3),
+    _real("olmoe", 8, 2),
+    _real("mixtral", 4, 2),
+)
+CASES: tuple[Case, ...] = (*SMOKE, *EDGES, *REAL, *MODELS)
 
 
 def tagged(*tags: str) -> tuple[Case, ...]:

@@ -11,7 +11,7 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -252,7 +252,7 @@ class _Errors:
             if ratio > worst:
                 worst, label, excess = ratio, name, slope
         note = f"fitted factor of the {label} term is {1 + excess:.6f}" if label else ""
-        return Comparison(output=self.output, ratio=min(worst, WORST), measure="slope", note=note)
+        return replace(self._found("slope", min(worst, WORST), None), note=note)
 
     def _slope_limit(self, influence: Tensor) -> float:
         size = influence.abs()

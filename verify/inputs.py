@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .captured import Captured, capture
 from .cases import Case
 
 MODES = ("balanced", "lora-only", "exact")
@@ -88,6 +89,11 @@ def make_inputs(
     source = _Exact(generator, device) if mode == "exact" else _Normal(generator, device)
     scaling = _EXACT_SCALING if mode == "exact" else case.scaling
     tensors = source.linear(case, scaling)
+    if case.family and mode != "exact":
+        real = captured(case, seed)
+        top_k_index = real.top_k_index
+        tensors["x"] = real.hidden.to(device)
+        tensors["weight"] = real.gate_up.mT.to(device).clone()
     if mode == "lora-only":
         tensors["weight"].zero_()
         tensors["bias"].zero_()
@@ -103,6 +109,19 @@ def make_inputs(
     tensors["x"] = laid_out(tensors["x"], case.x_layout)
     tensors["top_k_index"] = top_k_index.to(device)
     return Inputs(case=case, mode=mode, dtype=dtype, scaling=scaling, tensors=tensors)
+
+
+def captured(case: Case, seed: int) -> Captured:
+    """What the experts of the case's model were called with: gate_up is [E, n_out, k_in]."""
+    return capture(
+        case.family,
+        tokens=case.tokens,
+        hidden=case.k_in,
+        intermediate=case.n_out // 2,
+        experts=case.experts,
+        top_k=case.top_k,
+        seed=seed,
+    )
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .captured import Unavailable
 from .cases import Case
 from .compare import WORST, Comparison, compare
 from .expected import Expected
@@ -171,6 +172,9 @@ class Problem:
             plans = [plan for plan in self.spec.plans(self.lib, inputs) if wanted(plan)]
             prepared = self.bench.prepare(self.lib, self.spec, inputs) if plans else None
             inputs = replace(inputs, prepared=prepared.value if prepared else None)
+        except Unavailable as error:
+            yield self.outcome(nobody, status="unavailable", reason=str(error))
+            return
         except Exception as error:  # noqa: BLE001 - becomes an outcome
             yield self.outcome(nobody, status="error", reason=in_words(error))
             return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cases import CASES, Case
 from ..expected import Expected
-from ..inputs import Inputs, make_inputs
+from ..inputs import Inputs, captured, make_inputs
 from ..models import Arithmetic, Linear, gradients_of
 from ..numerics import Uncertain, column_sums, summed
 from ..references import Groups, experts_mlp
@@ -40,8 +40,12 @@ def _inputs(
 ) -> Inputs:
     """x, gates and dout of a layer, and weight, lora_a, lora_b (and bias) of each projection."""
     up = make_inputs(case, dtype, mode, device, seed=seed)
-    narrow = replace(case, k_in=case.n_out // 2, n_out=case.k_in, seed=case.seed + 17)
+    narrow = replace(case, k_in=case.n_out // 2, n_out=case.k_in, seed=case.seed + 17, family="")
     down = make_inputs(narrow, dtype, mode, device, seed=seed)
+    if case.family:
+        real = captured(case, case.seed + 7919 * seed)
+        down = down.having(weight=real.down.mT.to(device, dtype))
+        up = up.having(gates=real.top_k_weights.to(device))
     parts = ("weight", "lora_a", "lora_b", "bias")
     tensors = {
         f"{part}_{name}": inputs[part]

@@ -13,6 +13,7 @@ from ..inputs import Inputs
 from ..models import Arithmetic, Linear
 from ..references import expert_linear, row_gradients
 from ..spec import KernelSpec, NamedPlan
+from .bad_inputs import ROUTING, adapter_operand, row_operand, weight_operand, wrong_path
 from .common import (
     TERMS,
     active_experts,
@@ -223,6 +224,12 @@ SCATTER2SCATTER = KernelSpec(
     modes=("balanced", "exact"),
     source="ops/scatter2scatter.py",
     ops=("scatter2scatter",),
+    bad_inputs=(
+        *row_operand(_run_scatter2scatter, "x"),
+        *weight_operand(_run_scatter2scatter),
+        *wrong_path(_run_scatter2scatter, _plans_scatter2scatter),
+        *ROUTING,
+    ),
 )
 SHRINK = KernelSpec(
     name="shrink",
@@ -236,6 +243,7 @@ SHRINK = KernelSpec(
     modes=("balanced", "exact"),
     source="ops/scatter2scatter.py",
     ops=("shrink",),
+    bad_inputs=row_operand(_run_shrink, "x"),
 )
 LORA_FORWARD = KernelSpec(
     name="lora_forward",
@@ -248,6 +256,12 @@ LORA_FORWARD = KernelSpec(
     cost=_lora_cost,
     source="ops/lora.py",
     ops=("lora_forward",),
+    bad_inputs=(
+        *row_operand(_run_forward, "x"),
+        *weight_operand(_run_forward),
+        *adapter_operand(_run_forward),
+        *wrong_path(_run_forward, _plans_forward),
+    ),
 )
 LORA_INPUT_GRAD = KernelSpec(
     name="lora_input_grad",
@@ -260,4 +274,10 @@ LORA_INPUT_GRAD = KernelSpec(
     cost=_lora_cost,
     source="ops/lora.py",
     ops=("lora_input_grad",),
+    bad_inputs=(
+        *row_operand(_run_input_grad, "dy", "80"),
+        *weight_operand(_run_input_grad)[:3],
+        *adapter_operand(_run_input_grad),
+        *wrong_path(_run_input_grad, _plans_input_grad),
+    ),
 )

@@ -1,0 +1,97 @@
+"""`python -m verify check` as a user runs it: exit status, table, record."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from conftest import DEVICE
+from verify import cli
+from verify.records import fingerprint, summary_of
+from verify.run import Outcome, Problem
+from verify.specs import KERNELS
+
+pytestmark = pytest.mark.correctness
+
+ARGUMENTS = ["--kernels", "combine", "--cases", "plain", "--device", DEVICE]
+
+
+def run(tmp_path, *extra: str) -> tuple[int, dict]:
+    record = tmp_path / "out" / "check.json"
+    status = cli.main([*ARGUMENTS, "--json", str(record), *extra])
+    return status, json.loads(record.read_text())
+
+
+def test_check_is_the_default_and_writes_a_record(tmp_path, capsys):
+    status, record = run(tmp_path)
+    assert status == 0
+    assert "combine" in capsys.readouterr().out
+    assert record["command"] == "check"
+    assert {"schema", "environment", "seed", "started", "seconds", "fingerprint"} <= set(record)
+    assert record["environment"]["torch"] == torch.__version__
+    assert set(record["fingerprint"]) == {spec.name for spec in KERNELS}
+    assert record["summary"]["complete"]
+    assert record["summary"]["passed"] == len(record["outcomes"]) > 0
+    keys = {"kernel", "path", "plan", "case", "dtype", "status", "ratio", "measure", "where"}
+    assert all(keys <= set(outcome) for outcome in record["outcomes"])
+
+
+def test_selection_by_dtype_and_mode(tmp_path):
+    _, record = run(tmp_path, "--dtypes", "float16", "--modes", "exact")
+    assert {(o["dtype"], o["mode"]) for o in record["outcomes"]} == {("float16", "exact")}
+
+
+def test_a_failure_sets_the_exit_status_and_is_one_line(tmp_path, capsys, monkeypatch):
+    judged = Problem._judged
+
+    def broken(self, plan, inputs, expected, outputs, problems):
+        outputs = {name: value * 1.01 for name, value in outputs.items()}
+        return judged(self, plan, inputs, expected, outputs, problems)
+
+    monkeypatch.setattr(Problem, "_judged", broken)
+    status, record = run(tmp_path, "--dtypes", "float32", "--modes", "balanced")
+    assert status == 1
+    assert record["summary"]["failed"] == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed:")]
+    assert len(lines) == 1
+    for word in ("combine", "plain", "float32", "x its limit", "expert", "row", "got", "want"):
+        assert word in lines[0]
+
+
+def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):
+    def raises(lib, inputs, plan):
+        raise RuntimeError("out of\n memory")
+
+    problem = next(spec for spec in KERNELS if spec.name == "combine")
+    broken = dataclasses.replace(problem, run=raises)
+    monkeypatch.setattr("verify.specs.KERNELS", (broken,))
+    status, record = run(tmp_path)
+    assert status == 1
+    assert {outcome["status"] for outcome in record["outcomes"]} == {"error"}
+    assert record["outcomes"][0]["reason"] == "RuntimeError: out of memory"
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(SystemExit, match="nonsense is none of scatter2scatter"):
+        cli.main(["--kernels", "nonsense", "--device", DEVICE])
+
+
+def test_summary_counts_every_status():
+    statuses = ("passed", "failed", "error", "unavailable", "passed")
+    blank = dict.fromkeys(("kernel", "path", "plan", "case", "dtype", "mode"), "")
+    counted = summary_of(Outcome(**blank, status=status) for status in statuses)
+    assert counted == {"passed": 2, "failed": 1, "errors": 1, "unavailable": 1, "total": 5}
+
+
+def test_fingerprint_sees_code_and_imports_but_no_docstrings(tmp_path):
+    package = tmp_path / "package"
+    (package / "ops").mkdir(parents=True)
+    (package / "base.py").write_text("VALUE = 1\n")
+    kernel = package / "ops" / "kernel.py"
+    kernel.write_text('"""Old words."""\nfrom ..base import VALUE\n')
+    before = fingerprint(package, "ops/kernel.py")
+    kernel.write_text('"""New words."""\nfrom ..base import VALUE  # comment\n')
+    assert fingerprint(package, "ops/kernel.py") == before
+    (package / "base.py").write_text("VALUE = 2\n")
+    assert fingerprint(package, "ops/kernel.py") != before
