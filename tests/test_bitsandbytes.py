@@ -334,3 +334,48 @@ class Carrier:
 
     def empty(self):
         return torch.empty(self.values.shape, dtype=self.dtype)
+
+
+def test_the_fine_tuners_example(saved, tmp_path):
+    from peft import LoraConfig
+
+    from scattermoe_lora.integrations.bitsandbytes import ExpertsQuantizationConfig
+    from scattermoe_lora.integrations.loading import load_model
+    from scattermoe_lora.integrations.peft import coverage, load_adapter, merge
+
+    _, name = saved("qwen3_moe")
+    model = load_model(
+        name,
+        quantization=ExpertsQuantizationConfig(),
+        lora=LoraConfig(r=4, lora_alpha=8),
+        dtype=torch.bfloat16,
+    )
+    assert "2 of 2 expert parameters adapted" in str(coverage(model))
+    ids = hf_models.tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+    again = load_model(name, quantization=ExpertsQuantizationConfig(), dtype=torch.bfloat16)
+    again = load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, trained)
+    assert "quantised again with relative error" in str(merge(again, requantize=True))
+
+
+@pytest.mark.correctness
+def test_linear_layers_that_are_packed_already_are_saved_with_the_experts(saved, tmp_path):
+    _, path = saved("qwen3_moe")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    model = loaded(path, quantization_config=config)
+    packing.quantize_experts(model, nested=True)
+    model.save_pretrained(tmp_path / "packed")
+    same_state(model.state_dict(), loaded(tmp_path / "packed").state_dict())

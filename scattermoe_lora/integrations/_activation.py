@@ -27,7 +27,7 @@ _GRID = sorted({0.0, *_MAGNITUDES, *(-value for value in _MAGNITUDES)})
 _ROUNDINGS = 16
 
 
-def fused_activation(module: nn.Module) -> Activation | None:
+def fused_activation(module: Any) -> Activation | None:
     """The fused activation that equals `module._apply_gate`, or None where none does."""
     numbers = {
         name: float(value)

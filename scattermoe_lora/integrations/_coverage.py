@@ -107,7 +107,7 @@ def coverage_of(model: nn.Module, chains: Sequence[WrapperChain]) -> Coverage:
                     module=name,
                     parameter=parameter,
                     experts=stored.experts,
-                    shape=tuple(stored.shape),
+                    shape=stored.shape,
                     storage=f"{type(stored).__name__} {str(stored.dtype).removeprefix('torch.')}",
                     adapters=() if wrapper is None else _adapters(wrapper),
                 )
@@ -131,8 +131,7 @@ def check_targets(model: nn.Module) -> None:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ValueError(
                     f"target_parameters of adapter {adapter!r} names {target!r}, which matched no "
-                    "parameter "
-                    "(quantised parameters are matched by their full names only)"
+                    "parameter (quantised parameters are matched by their full names only)"
                 )
 
 

@@ -1,8 +1,7 @@
 """What an experts module of transformers says about itself, and where its weights are.
 
 The decorator `use_experts_implementation` leaves flags on every experts module. They, and the
-parameters, are
-all that is read here: never a class name, a position in the model, or a configuration.
+parameters, are all that is read here: never a class name, a place in the model, or a configuration.
 """
 
 import math
@@ -18,10 +17,8 @@ from ..quant.weight import StoredWeight
 KEY = __name__.partition(".")[0]
 """The name under which the layer is registered: the name this package was imported by."""
 
-
 DECODED_BYTES = 256 * 2**20
-"""Bound of the experts of one projection that are decoded at a time, where one expert fits into
-it."""
+"""Bound of the experts of a projection that are decoded at a time, where one fits into it."""
 
 
 class UnsupportedExpertsError(TypeError):
@@ -55,14 +52,13 @@ class ExpertsLayout:
         if not is_experts(module):
             raise UnsupportedExpertsError(
                 f"{name} is not behind transformers' experts interface: it has no is_transposed "
-                "and has_gate, "
-                "so nothing says how its weights are laid out or what it computes between them"
+                "and has_gate, so nothing says how its weights are laid out or what it computes "
+                "between them"
             )
         if getattr(module, "has_post_expert_norm", False):
             raise UnsupportedExpertsError(
                 f"{name} normalises the output of each expert before the routing weight, which "
-                "this layer "
-                "has no step for; use experts_implementation='grouped_mm'"
+                "this layer has no step for; use experts_implementation='grouped_mm'"
             )
         gated = bool(module.has_gate)
         return cls(

@@ -49,8 +49,7 @@ def adapter_factors(wrapper: Any, adapter: str, *, transposed: bool) -> LoRAWeig
     if isinstance(a, DTensor) or isinstance(b, DTensor):
         raise RuntimeError(
             f"adapter {adapter!r} of {wrapper.parameter_name} is a sharded DTensor: shard the "
-            "decoder layer "
-            "with fully_shard, so that its adapters are gathered before they are used"
+            "decoder layer with fully_shard, so that its adapters are gathered before they are used"
         )
     return LoRAWeights.from_peft(
         a,

@@ -135,8 +135,7 @@ class Kept:
         if not isinstance(stored, Dense):
             raise TypeError(
                 f"{type(experts).__name__}.{parameter} is stored as {type(stored).__name__}, into "
-                "which "
-                "adapters cannot be merged"
+                "which adapters cannot be merged"
             )
         return cls(data=stored.data.detach(), device=stored.device)
 

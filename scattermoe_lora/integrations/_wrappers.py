@@ -114,6 +114,5 @@ def _refuse_stacks(name: str, module: nn.Module, wrappers: Sequence[Any]) -> Non
     if stacks:
         raise UnsupportedExpertsError(
             f"{name} ({type(module).__name__}) is not behind transformers' experts interface, so "
-            "the adapters "
-            f"on {', '.join(stacks)} cannot be used in factored form"
+            f"the adapters on {', '.join(stacks)} cannot be used in factored form"
         )

@@ -59,8 +59,9 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
     Args:
         linears: pack linear layers too, as BitsAndBytesConfig(load_in_4bit=True) does.
         experts_blocksize: elements per scale of the experts.
-        settings: those of BitsAndBytesConfig; bnb_4bit_quant_type ("nf4" here by default) and
-            bnb_4bit_use_double_quant hold for experts and linear layers.
+        experts_quant_type, experts_nested: as bnb_4bit_quant_type and bnb_4bit_use_double_quant,
+            which they follow by default, for the experts.
+        settings: those of BitsAndBytesConfig; bnb_4bit_quant_type is "nf4" here by default.
 
     Raises:
         ValueError: load_in_8bit.
@@ -71,6 +72,8 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
         *,
         linears: bool = True,
         experts_blocksize: int = 64,
+        experts_quant_type: str | None = None,
+        experts_nested: bool | None = None,
         **settings: Any,
     ) -> None:
         settings.pop("quant_method", None)
@@ -83,10 +86,13 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
         self.quant_method = METHOD
         self.linears = linears
         self.experts_blocksize = experts_blocksize
+        self.experts_quant_type = experts_quant_type or self.bnb_4bit_quant_type
+        self.experts_nested = (
+            self.bnb_4bit_use_double_quant if experts_nested is None else experts_nested
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved. The load_in_* flags are left out: transformers takes them for its own
-        format."""
+        """As saved, without the load_in_* flags, by which transformers knows its own format."""
         hidden = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
         return {key: value for key, value in super().to_dict().items() if key not in hidden}
 
@@ -96,8 +102,7 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
 
 
 class PackExperts(ConversionOps):
-    """Packs a stack of experts on the device that it is loaded to; other parameters as bitsandbytes
-    does."""
+    """Packs a stack of experts where it is loaded to; other parameters as bitsandbytes does."""
 
     def __init__(self, quantizer: "ExpertsQuantizer") -> None:
         self.quantizer = quantizer
@@ -167,9 +172,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         settings = self.quantization_config
         packed, self.states[name] = _four_bit.quantized(
             value,
-            quant_type=settings.bnb_4bit_quant_type,
+            quant_type=settings.experts_quant_type,
             blocksize=settings.experts_blocksize,
-            nested=settings.bnb_4bit_use_double_quant,
+            nested=settings.experts_nested,
             device=self.device,
         )
         return nn.Parameter(packed, requires_grad=False)
@@ -182,9 +187,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             super()._process_model_before_weight_loading(model, *args, **kwargs)
         if self.pre_quantized:
             for _, module, parameter in stacks:
-                _expect_parts(
-                    module, parameter, nested=self.quantization_config.bnb_4bit_use_double_quant
-                )
+                _expect_parts(module, parameter, nested=self.quantization_config.experts_nested)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module, parameter in _stacks(model, parts=self.pre_quantized):
@@ -261,9 +264,9 @@ def placement(device_map: Any, *, device: torch.device, sharded: bool) -> Any:
     The planner behind "auto" counts 16 bits per element in places and sends what seems not to fit
     to the CPU or a disk, where nothing can be packed. So None and "auto" mean `device`, whole.
     Under FSDP or ZeRO-3 (`sharded`) the framework places parameters itself, and the map is left
-    alone: every process packs the stacks it is given where they arrive, FSDP shards the packed
-    bytes like any frozen parameter, and ZeRO-3 is refused at the first forward if it has left a
-    stack partitioned. Any other map is what the caller wants.
+    alone: every process packs stacks where they arrive, and FSDP shards the packed bytes like any
+    frozen parameter. A stack that ZeRO-3 keeps partitioned does not have its size, which the first
+    forward refuses. Any other map is what the caller wants.
     """
     if sharded:
         return device_map
@@ -288,13 +291,14 @@ def quantize_experts(
     nested: bool = False,
     device: torch.device | str | None = None,
 ) -> QuantizationReport:
-    """Pack every dense stack of experts of a loaded model, one at a time. Stacks that are packed
-    stay.
+    """Pack every dense stack of experts of a loaded model, one at a time; packed ones stay.
 
     A model of transformers can then be saved and loaded like one that was packed while loading.
 
     Args:
-        quant_type: "nf4" or "fp4". blocksize: elements per scale. nested: pack the scales as well.
+        quant_type: "nf4" or "fp4".
+        blocksize: elements per scale.
+        nested: pack the scales as well.
         device: where to pack, and to leave the packed bytes; by default where each stack is.
 
     Raises:
@@ -324,7 +328,7 @@ def quantize_experts(
             )
         )
         _four_bit.install(module, parameter, packed, state)
-    if rows and isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+    if rows and isinstance(model, PreTrainedModel):
         _mark(model, quant_type=quant_type, blocksize=blocksize, nested=nested)
     return QuantizationReport(rows=tuple(rows))
 
@@ -338,11 +342,17 @@ def register() -> None:
 
 
 def _mark(model: PreTrainedModel, *, quant_type: str, blocksize: int, nested: bool) -> None:
+    """Let transformers save the model in this format, with the linear layers as they are."""
+    present = getattr(model, "hf_quantizer", None)
+    if present is not None and type(present) is not Bnb4BitHfQuantizer:
+        return
+    settings = {} if present is None else present.quantization_config.to_dict()
     config = ExpertsQuantizationConfig(
-        linears=False,
+        **settings,
+        linears=present is not None,
         experts_blocksize=blocksize,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=nested,
+        experts_quant_type=quant_type,
+        experts_nested=nested,
     )
     model.hf_quantizer = ExpertsQuantizer(config, pre_quantized=False)
     model.config.quantization_config = config
@@ -351,8 +361,7 @@ def _mark(model: PreTrainedModel, *, quant_type: str, blocksize: int, nested: bo
 
 
 def _stacks(model: nn.Module, *, parts: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
-    """(dotted name, experts module, parameter) of every stack; `parts`: also where only its parts
-    are there."""
+    """(dotted name, experts module, parameter) of every stack; `parts`: of those in parts too."""
     modules = (
         {name: module for name, module in model.named_modules() if is_experts(module)}
         if parts
@@ -368,8 +377,7 @@ def _part(parameter: str, part: str) -> str:
 
 
 def _expect_parts(module: nn.Module, parameter: str, *, nested: bool) -> None:
-    """Buffers in the place of a stack for the loader to fill; their dtypes are those that were
-    saved."""
+    """Buffers in the place of a stack for the loader to fill, of the dtypes that were saved."""
     del module._parameters[parameter]
     # transformers would draw random values for the parameter that is not there.
     module._is_hf_initialized = True

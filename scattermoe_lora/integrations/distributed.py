@@ -71,17 +71,14 @@ def expert_parallel(
     equal_tokens: bool = True,
     mean_gradients: bool = True,
 ) -> ExpertShard:
-    """Keep this rank's experts and adapter slices of every experts module, and exchange tokens
-    around them.
+    """Keep this rank's share of every experts module and its adapters, and exchange tokens.
 
     Parameters are replaced by smaller ones: build the optimiser afterwards.
 
     Args:
-        equal_tokens: every rank brings equally many tokens to every layer. Otherwise the counts
-        are exchanged
-            before each layer, which waits for the device.
-        mean_gradients: divide the gradients of expert parameters by the number of ranks, so that
-        they belong
+        equal_tokens: every rank brings equally many tokens to every layer. Otherwise the counts are
+            exchanged before each layer, which waits for the device.
+        mean_gradients: divide the gradients of adapters by the number of ranks, so that they belong
             to the mean of the ranks' losses, as data parallelism's averaged gradients do.
 
     Returns:
@@ -89,8 +86,7 @@ def expert_parallel(
 
     Raises:
         ValueError: the experts do not divide evenly; packed experts have blocks that straddle two
-        of them; or
-            an adapter is merged.
+            of them; or an adapter is merged.
         UnsupportedExpertsError: as `experts_modules`.
     """
     rank, ranks = distributed.get_rank(group), distributed.get_world_size(group)
@@ -147,7 +143,7 @@ class _Exchange:
         self.equal_tokens = equal_tokens
         self.gradient_scale = gradient_scale
 
-    def install(self, module: nn.Module) -> None:
+    def install(self, module: Any) -> None:
         """Wrap the forward of an experts module."""
         forward = module.forward
 
@@ -252,7 +248,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
-def _experts_of(module: nn.Module) -> int:
+def _experts_of(module: Any) -> int:
     name = ExpertsLayout.of(module).down
     packed = _four_bit.parametrised(module, name)
     return packed.stored().experts if packed is not None else module._parameters[name].shape[0]
@@ -267,7 +263,7 @@ def _wrappers(model: nn.Module) -> dict[int, tuple[Any, ...]]:
     return {id(chain.experts): chain.adapting for chain in wrapper_chains(model)}
 
 
-def _slice_experts(module: nn.Module, shard: ExpertShard) -> None:
+def _slice_experts(module: Any, shard: ExpertShard) -> None:
     layout = ExpertsLayout.of(module)
     rows = slice(shard.first, shard.first + shard.count)
     for name in layout.projections:
@@ -293,8 +289,8 @@ def _slice(module: nn.Module, name: str, rows: slice) -> None:
 def _slice_adapters(wrapper: Any, shard: ExpertShard) -> None:
     if wrapper.merged:
         raise ValueError(
-            f"{', '.join(wrapper.merged_adapters)} is merged into {wrapper.parameter_name}; unmerge "
-            "before the experts are divided"
+            f"{', '.join(wrapper.merged_adapters)} is merged into {wrapper.parameter_name}; "
+            "unmerge before the experts are divided"
         )
     rows = slice(shard.first, shard.first + shard.count)
     for name in wrapper.lora_A:

@@ -146,8 +146,7 @@ def adapt(model: nn.Module, config: LoraConfig, *, adapter_name: str = "default"
 
     Args:
         config: its target_parameters may be short names, as on dense models; without any, and
-        without
-            target_modules, every expert parameter is adapted. It is not changed.
+            without target_modules, every expert parameter is adapted. It is not changed.
 
     Raises:
         ValueError, UnsupportedExpertsError: as `attach`, and what PEFT refuses.
@@ -165,10 +164,9 @@ def attach(model: nn.Module) -> Coverage:
     """Use every adapter on an expert parameter of `model` in factored form from now on. Idempotent.
 
     Wrappers of one experts module are nested in the order of the projections, innermost first, as
-    PEFT nests them
-    on dense models: on quantised ones PEFT nests them the other way round, and a checkpoint tells
-    wrappers apart by their depth alone. Adapters on other parameters, a router for one, stay
-    PEFT's.
+    PEFT nests them on dense models: on quantised ones PEFT nests them the other way round, and a
+    checkpoint tells wrappers apart by their depth alone. Adapters on other parameters, a router for
+    one, stay PEFT's.
 
     Returns:
         Which parameters are adapted, with which ranks; print it.
@@ -232,8 +230,7 @@ def load_adapter(
     trainable: bool = False,
     written_by: str | None = None,
 ) -> PeftModel:
-    """Load an adapter that any version of PEFT wrote, on dense or on quantised experts, and attach
-    it.
+    """Load an adapter that any version of PEFT wrote, on dense or packed experts, and attach it.
 
     PEFT itself reads only the layout of its own version, and pairs factors with parameters by the
     nesting of its wrappers. `save_pretrained` of an attached model writes what PEFT expects on a
@@ -314,8 +311,7 @@ def _check(chain: WrapperChain) -> None:
     if implementation(chain.experts) != KEY:
         raise ValueError(
             f"the experts implementation of {chain.name} is {implementation(chain.experts)!r}; "
-            "call "
-            f"model.set_experts_implementation({KEY!r}) before attaching"
+            f"call model.set_experts_implementation({KEY!r}) before attaching"
         )
     for wrapper in chain.adapting:
         if not isinstance(wrapper, ParamWrapper) and wrapper.merged:

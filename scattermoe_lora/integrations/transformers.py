@@ -12,6 +12,7 @@ Registration adds one entry to transformers' table of implementations and change
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def _projection(
 
 
 def _unfused(
-    module: nn.Module,
+    module: Any,
     hidden: Tensor,
     gates: Tensor,
     routing: Routing,
