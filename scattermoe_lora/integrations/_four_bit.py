@@ -40,9 +40,10 @@ def parametrised(module: nn.Module, name: str) -> Parametrised | None:
     entries = None if lists is None else lists._modules.get(name)
     if entries is None:
         return None
+    original = entries._parameters.get("original")
     for entry in entries.children():
-        if getattr(entry, "quant_state", None) is not None:
-            return Parametrised(packed=entries._parameters["original"].data, parametrisation=entry)
+        if original is not None and getattr(entry, "quant_state", None) is not None:
+            return Parametrised(packed=original.data, parametrisation=entry)
     return None
 
 

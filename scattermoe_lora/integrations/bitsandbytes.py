@@ -112,7 +112,7 @@ class PackExperts(ConversionOps):
         self, input_dict: dict[str, Any], *args: Any, model: nn.Module, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Full name -> packed parameter."""
-        results = {}
+        results: dict[str, Tensor] = {}
         for name, values in input_dict.items():
             value = values[0] if isinstance(values, list) else values
             if self.quantizer.is_stack(model, name):
@@ -189,7 +189,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             for _, module, parameter in stacks:
                 _expect_parts(module, parameter, nested=self.quantization_config.experts_nested)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module, parameter in _stacks(model, parts=self.pre_quantized):
             if self.pre_quantized:
                 _four_bit.install_parts(module, parameter, _take_parts(module, parameter))
@@ -376,7 +376,7 @@ def _part(parameter: str, part: str) -> str:
     return f"four_bit_{parameter}_{part}"
 
 
-def _expect_parts(module: nn.Module, parameter: str, *, nested: bool) -> None:
+def _expect_parts(module: Any, parameter: str, *, nested: bool) -> None:
     """Buffers in the place of a stack for the loader to fill, of the dtypes that were saved."""
     del module._parameters[parameter]
     # transformers would draw random values for the parameter that is not there.
@@ -390,10 +390,8 @@ def _expect_parts(module: nn.Module, parameter: str, *, nested: bool) -> None:
 
 
 def _take_parts(module: nn.Module, parameter: str) -> dict[str, Tensor]:
-    names = {part: _part(parameter, part) for part in PARTS}
-    return {
-        part: module._buffers.pop(name) for part, name in names.items() if name in module._buffers
-    }
+    found = {part: module._buffers.pop(_part(parameter, part), None) for part in PARTS}
+    return {part: value for part, value in found.items() if value is not None}
 
 
 register()
