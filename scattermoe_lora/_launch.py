@@ -1,7 +1,8 @@
 """Launching a kernel without Triton's own dispatch, which costs more than the kernel's launch.
 
-Triton looks at every argument of every launch to find the compiled variant: 38 us on an H100's host,
-against 16 us for launching a variant at hand. A Launcher remembers the variant for operands of the
+Triton looks at every argument of every launch to find the compiled variant: 38 us on an H100's
+host, against 16 us for launching a variant at hand. A Launcher remembers the variant for operands
+of the
 same form. Arguments that depend on the number of tokens or active experts are no part of the form,
 because the kernels do not specialise on them.
 """
@@ -39,7 +40,8 @@ class Launcher:
 
         form: all that the variant depends on besides the constants: dtypes, strides, whether an
             operand is there, and every number that the kernel may specialise on.
-        pointers: the addresses of the tensors, or-ed; variants are remembered for 16-byte aligned ones.
+        pointers: the addresses of the tensors, or-ed; variants are remembered for 16-byte aligned
+            ones.
         constants: in the order of the kernel's signature, after the arguments.
         """
         if INTERPRETED or device.index == torch.cuda.current_device():

@@ -1,7 +1,8 @@
 """Stable counting sort of the chosen experts, in two launches and without a host sync.
 
     count  counts[c, e] = slots of chunk c that chose expert e
-    place  row of a slot = rows of smaller experts + slots of e in earlier chunks + rank in its chunk
+    place  row of a slot = rows of smaller experts + slots of e in earlier chunks + rank in its
+    chunk
 
 Ids outside [0, experts) count as group `experts`. The second launch also writes the expert offsets
 and the row-tile tables.

@@ -73,14 +73,16 @@ def expert_linear(
 
     Args:
         x: [routing.row_count(source), K], fp32, fp16 or bf16.
-        weight: [experts, K, N] in the dtype of x, any strides (stored [experts, N, K]: pass its mT);
-            or stored experts that are decoded block by block, in forward and again in backward.
+        weight: [experts, K, N] in the dtype of x, any strides (stored [experts, N, K]: pass its
+            mT); or stored experts that are decoded block by block, in forward and again in
+            backward.
         lora: factors in the dtype of x or fp32; their gradients come in their own dtype.
-        bias: [experts, N]. gates: [tokens, top_k]; then target must be SLOT and the choices are summed.
+        bias: [experts, N]. gates: [tokens, top_k]; then target must be SLOT and the choices are
+            summed.
 
     Returns:
-        [rows, N] in `target` order, or [tokens, N] when gates are given. Dropped rows are zero. Under
-        autocast x and weight are cast to the autocast dtype first.
+        [rows, N] in `target` order, or [tokens, N] when gates are given. Dropped rows are zero.
+        Under autocast x and weight are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.

@@ -196,8 +196,8 @@ def group_bwd_lora_fused(
 ) -> tuple[Tensor, Tensor]:
     """`group_bwd_lora` from X [T, K] and DY [L, N] by slot (or in expert order).
 
-    With `real_expert_offsets` the rows are those of `round_expert_counts`, and padding adds nothing;
-    DY in expert order is then padded likewise.
+    With `real_expert_offsets` the rows are those of `round_expert_counts`, and padding adds
+    nothing; DY in expert order is then padded likewise.
     """
     slots = sorted_scattered_idxs
     if real_expert_offsets is None:

@@ -1,7 +1,5 @@
 """The selective functions of axolotl's scattermoe_lora, with their names, arguments and layouts."""
 
-# ruff: noqa: N803
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,9 @@
     expert_linear   the routed LoRA projection          expert_linear_backward
     experts_mlp     the gated expert MLP                experts_mlp_backward
 
-Eager calls go to the same functions directly: an operator costs 12 us more per call on an H100's host.
-The namespace is the name of the package, so that two revisions can be loaded side by side. What is
+Eager calls go to the same functions directly: an operator costs 12 us more per call on an H100's
+host. The namespace is the name of the package, so that two revisions can be loaded side by side.
+What is
 absent (an adapter, a bias, a gradient that is not needed) comes out as an empty tensor.
 """
 
@@ -168,19 +169,19 @@ def _fake_grads(
 
 
 @expert_linear_backward.register_fake
-def _(dout, x, weight, a, b, bias, gates, xa, y, slots, *rest):  # noqa: ANN001, ANN002, ANN202
+def _(dout, x, weight, a, b, bias, gates, xa, y, slots, *rest):
     needs = list(rest[-1])
     needs[2] = needs[3] = needs[2] or needs[3]
     return tuple(_fake_grads(dout, (x, weight, a, b, bias, gates), needs))
 
 
-def _linear_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _linear_setup(ctx, inputs, output) -> None:
     operands, ctx.settings = inputs[:6], inputs[10:]
     _, xa, y = output
     ctx.save_for_backward(*operands, xa, y, *inputs[6:10])
 
 
-def _linear_grad(ctx, dout, _dxa, _dy):  # noqa: ANN001, ANN202
+def _linear_grad(ctx, dout, _dxa, _dy):
     *operands, xa, y, slots, expert_of_row, offsets, tiles = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = expert_linear_backward(
@@ -245,7 +246,7 @@ def experts_mlp(
 
 
 @experts_mlp.register_fake
-def _(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, slots, *rest):  # noqa: ANN001, ANN002, ANN202
+def _(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, slots, *rest):
     rows = slots.shape[0]
     thin = [x.new_empty(0) if a is None else x.new_empty((rows, a.shape[1])) for a in (a1, a2)]
     return x.new_empty((x.shape[0], w2.shape[2])), x.new_empty((rows, w1.shape[2])), *thin
@@ -294,19 +295,19 @@ def experts_mlp_backward(
 
 
 @experts_mlp_backward.register_fake
-def _(dout, *rest):  # noqa: ANN001, ANN002, ANN202
+def _(dout, *rest):
     needs = list(rest[-1])
     needs[3] = needs[4] = needs[3] or needs[4]
     needs[7] = needs[8] = needs[7] or needs[8]
     return _fake_grads(dout, rest[:10], needs)
 
 
-def _mlp_setup(ctx, inputs, output) -> None:  # noqa: ANN001
+def _mlp_setup(ctx, inputs, output) -> None:
     ctx.settings = inputs[14:]
     ctx.save_for_backward(*inputs[:10], *output[1:], *inputs[10:14])
 
 
-def _mlp_grad(ctx, dout, _dh, _dxa1, _dxa2):  # noqa: ANN001, ANN202
+def _mlp_grad(ctx, dout, _dh, _dxa1, _dxa2):
     needs = list(ctx.needs_input_grad[:10])
     grads = experts_mlp_backward(dout, *ctx.saved_tensors, *ctx.settings, needs)
     wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]

@@ -1,4 +1,5 @@
-"""How a routed operation is launched: one frozen plan, chosen by a pure function of problem and device.
+"""How a routed operation is launched: one frozen plan, chosen by a pure function of problem and
+device.
 
 Choice: the plan that the caller passes > the table shipped for this GPU > the heuristic below.
 """
@@ -67,7 +68,8 @@ class Tile:
 
     block_m: rows (or, in weight gradients, the rows reduced per step). block_n: output columns.
     block_k: reduction step (in weight gradients, output rows). descriptor: W through a tensor map.
-    x_descriptor: X through a tensor map too, where its rows are in expert order and can be addressed.
+    x_descriptor: X through a tensor map too, where its rows are in expert order and can be
+    addressed.
     """
 
     block_m: int
@@ -184,25 +186,6 @@ def choose(problem: Problem, device: Device) -> Plan:
     return _choose(problem._replace(rows=bucket), device)
 
 
-@lru_cache(maxsize=4096)
-def plan_for(
-    operation: Operation,
-    rows_per_expert: int,
-    experts: int,
-    k: int,
-    n: int,
-    rank: int,
-    dtype: torch.dtype,
-    precision: Precision,
-    layout: str,
-    device: torch.device,
-) -> Plan:
-    """`choose` for the operands of a launch, by its plain facts: making a Problem costs more."""
-    rows = rows_per_expert * experts
-    problem = Problem(operation, rows, experts, k, n, rank, dtype, precision, layout)
-    return choose(problem, Device.of(device))
-
-
 GATHER_WIDTH = 8192
 """From this N on a copy of X pays: 2 M K bytes twice against 13% of 2 M K N operations (H100)."""
 
@@ -286,7 +269,9 @@ def shrink_tile(problem: Problem, device: Device) -> Tile:
 
 
 def gram_tile(problem: Problem, device: Device) -> Tile:
-    """Tile of a weight gradient [k, n] reduced over an expert's rows; block_k output rows, block_n columns."""
+    """Tile of a weight gradient [k, n] reduced over an expert's rows; block_k output rows, block_n
+    columns.
+    """
     narrow = problem.operation is Operation.LORA_WEIGHT_GRAD
     columns = problem.rank if narrow else problem.n
     if device.interpreted:
@@ -328,7 +313,10 @@ def fit(tile: Tile, problem: Problem, device: Device) -> Tile:
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
-    """Every plan worth trying for a problem, the heuristic's choice first; never empty."""
+    """Every plan worth trying for a problem, the heuristic's choice first; never empty.
+
+    Tiles vary around the choice and stay within the shared memory of the device.
+    """
     base = choose(problem, device)
     plans = [base]
     plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
@@ -336,7 +324,29 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
         if block_m <= 2 * _rows_per_expert(problem):
             tile = fit(replace(base.tile, block_m=block_m), problem, device)
             plans.append(replace(base, tile=tile))
+    if not device.interpreted:
+        plans.extend(replace(base, tile=tile) for tile in variations(base.tile, problem, device))
     return tuple(dict.fromkeys(plans))
+
+
+def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]:
+    """Tiles of other depth, width and warps than `tile` that fit the device."""
+    changes: list[dict[str, int]] = [
+        {"stages": tile.stages - 1},
+        {"stages": tile.stages + 1},
+        {"block_n": tile.block_n // 2},
+        {"block_n": tile.block_n // 2, "warps": 4},
+        {"block_k": tile.block_k * 2, "stages": 2},
+        {"warps": 4 if tile.warps == 8 else 8},
+    ]
+    found = []
+    for change in changes:
+        if min(change.values()) < 2 or change.get("block_n", 16) < 16:
+            continue
+        varied = replace(tile, **change)
+        if fit(varied, problem, device) == varied:
+            found.append(varied)
+    return tuple(found)
 
 
 def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:

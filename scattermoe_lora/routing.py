@@ -1,15 +1,15 @@
 """Which row of a routed product belongs to which expert.
 
-A layer call routes `tokens` tokens to `top_k` experts each. Slot `s = t * top_k + j` is the j-th choice of
-token t. Sorting the slots by expert gives the rows of the routed products:
+A layer call routes `tokens` tokens to `top_k` experts each. Slot `s = t * top_k + j` is the j-th
+choice of token t. Sorting the slots by expert gives the rows of the routed products:
 
     top_k_index = [[1, 0], [1, 2]], 3 experts
     slots         = [1, 0, 2, 3]          row -> slot, experts ascending, ties in slot order
     expert_of_row = [0, 1, 1, 2]
     offsets       = [0, 1, 3, 4]          rows offsets[e] .. offsets[e + 1] belong to expert e
 
-Slots whose expert is outside [0, experts) come last (expert_of_row = experts) and belong to nobody: rows
-offsets[experts] .. rows are dropped.
+Slots whose expert is outside [0, experts) come last (expert_of_row = experts) and belong to nobody:
+rows offsets[experts] .. rows are dropped.
 """
 
 import enum
@@ -35,9 +35,11 @@ class RowOrder(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The rows of one layer call, sorted by expert; lives on the device and is built without a host sync.
+    """The rows of one layer call, sorted by expert; lives on the device and is built without a host
+    sync.
 
-    slots: int64 [rows], row -> slot. expert_of_row: int32 [rows], ascending, `experts` for dropped rows.
+    slots: int64 [rows], row -> slot. expert_of_row: int32 [rows], ascending, `experts` for dropped
+    rows.
     offsets: int32 [experts + 1]. tiles: int32 [entries, 4], see `_row_tiles`.
     """
 
@@ -85,15 +87,17 @@ class Routing:
         """Sort the choices `top_k_index` (integer [tokens, top_k]) by expert.
 
         Args:
-            sentinels: ids outside [0, experts) are meant: their slots are dropped (expert parallelism).
-            validate: check the values on a GPU as well, which synchronises with the host. Values on a CPU
-                are always checked, except under torch.compile. Unchecked ids outside [0, experts) are
-                dropped.
+            sentinels: ids outside [0, experts) are meant: their slots are dropped (expert
+                parallelism).
+            validate: check the values on a GPU as well, which synchronises with the host. Values on
+                a CPU are always checked, except under torch.compile. Unchecked ids outside [0,
+                experts)
+                are dropped.
 
         Raises:
             TypeError: `top_k_index` is not an integer tensor.
-            ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside [0, experts)
-                while `sentinels` is false.
+            ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside [0,
+                experts) while `sentinels` is false.
         """
         _check_top_k(top_k_index, experts)
         tokens, top_k = top_k_index.shape

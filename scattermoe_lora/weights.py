@@ -10,7 +10,8 @@ from torch import Tensor
 class LoRAWeights:
     """W_e + scaling * (B_e A_e)^T for every expert e.
 
-    a: [experts, rank, k_in]. b: [experts, n_out, rank]. Any strides; both floating point, on one device.
+    a: [experts, rank, k_in]. b: [experts, n_out, rank]. Any strides; both floating point, on one
+    device.
 
     Raises:
         TypeError: a factor is not floating point.
@@ -34,7 +35,9 @@ class LoRAWeights:
                 f"lora.a has {self.a.shape[0]} experts but lora.b has {self.b.shape[0]}"
             )
         if self.a.shape[1] != self.b.shape[2]:
-            raise ValueError(f"lora.a has rank {self.a.shape[1]} but lora.b has rank {self.b.shape[2]}")
+            raise ValueError(
+                f"lora.a has rank {self.a.shape[1]} but lora.b has rank {self.b.shape[2]}"
+            )
         if self.a.shape[1] < 1:
             raise ValueError(f"the rank must be at least 1, got {self.a.shape[1]}")
         if self.a.device != self.b.device:
@@ -63,12 +66,14 @@ class LoRAWeights:
     def from_flat(
         cls, lora_a: Tensor, lora_b: Tensor, *, experts: int, scaling: float
     ) -> "LoRAWeights":
-        """Views of the expert-major layout: lora_a [experts * rank, k_in], lora_b [n_out, experts * rank].
+        """Views of the expert-major layout: lora_a [experts * rank, k_in], lora_b [n_out, experts *
+        rank].
 
         Row e * rank + r of lora_a and column e * rank + r of lora_b belong to expert e.
 
         Raises:
-            ValueError: the factors are not 2-D, or their rank dimensions do not divide into `experts`.
+            ValueError: the factors are not 2-D, or their rank dimensions do not divide into
+                `experts`.
         """
         rank = _rank(lora_a, lora_b, experts)
         a = lora_a.unflatten(0, (experts, rank))
@@ -86,12 +91,15 @@ class LoRAWeights:
         swapped: bool,
         transposed: bool,
     ) -> "LoRAWeights":
-        """Views of PEFT's layout for a 3-D parameter: lora_a [experts * rank, a], lora_b [b, rank * experts].
+        """Views of PEFT's layout for a 3-D parameter: lora_a [experts * rank, a], lora_b [b, rank *
+        experts].
 
-        lora_a is expert-major, lora_b has the expert index fastest. Gradients flow back through the views.
+        lora_a is expert-major, lora_b has the expert index fastest. Gradients flow back through the
+        views.
 
         Args:
-            swapped: what the wrapper says of itself (`_did_swap_in_out_features`; false where absent).
+            swapped: what the wrapper says of itself (`_did_swap_in_out_features`; false where
+                absent).
             transposed: the parameter is stored [experts, k_in, n_out] (`is_transposed` experts).
 
         Raises:

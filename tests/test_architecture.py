@@ -25,6 +25,7 @@ COMPONENTS = (
     "routing",
     "weights",
     "plan",
+    "plan_table",
     "ops",
     "quant",
     "autograd",

@@ -5,8 +5,8 @@
     y   = act W2 + s2 (act A2^T) B2^T + b2    [rows, H], slot order
     out = sum over j of g[t, j] y[t k + j]    [tokens, H]
 
-Saved for backward: x, h, the [rows, R] intermediates, and no copy of y: with d = dout W2^T + .. taken before
-gating, the gradient of a gate is <act, d> + <b2, dout>, and gating is a factor on d.
+Saved for backward: x, h, the [rows, R] intermediates, and no copy of y: with d = dout W2^T + ..
+taken before gating, the gradient of a gate is <act, d> + <b2, dout>, and gating is a factor on d.
 """
 
 from collections.abc import Sequence
@@ -68,12 +68,14 @@ def experts_mlp(
     Args:
         hidden: [tokens, H], fp32, fp16 or bf16.
         gates: [tokens, top_k], any floating dtype; used in fp32.
-        gate_up: weight [experts, H, 2 I]. down: weight [experts, I, H]. Weights in the dtype of hidden,
-            adapters in that or fp32. Either, both or neither projection may carry an adapter or a bias.
+        gate_up: weight [experts, H, 2 I]. down: weight [experts, I, H]. Weights in the dtype of
+            hidden, adapters in that or fp32. Either, both or neither projection may carry an
+            adapter or a
+            bias.
 
     Returns:
-        [tokens, H] in the dtype of hidden; differentiable in hidden, gates and every weight that asks.
-        Under autocast hidden and the weights are cast to the autocast dtype first.
+        [tokens, H] in the dtype of hidden; differentiable in hidden, gates and every weight that
+        asks. Under autocast hidden and the weights are cast to the autocast dtype first.
 
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.

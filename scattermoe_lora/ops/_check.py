@@ -11,7 +11,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> None:
-    """A row operand: 2-D, of a supported dtype, on the routing's device, as many rows as its order has."""
+    """A row operand: 2-D, of a supported dtype, on the routing's device, as many rows as its order
+    has.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -138,7 +140,9 @@ def _aligned(weight: Tensor, row_stride: int) -> bool:
 
 
 def fits_grouped_mm(x: Tensor, *stacks: Tensor) -> bool:
-    """Whether torch._grouped_mm takes the operands natively: bf16 on CUDA sm_90 or newer, 16-byte strides."""
+    """Whether torch._grouped_mm takes the operands natively: bf16 on CUDA sm_90 or newer, 16-byte
+    strides.
+    """
     if x.dtype != torch.bfloat16 or x.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(x.device) < (9, 0) or x.shape[1] * 2 % 16:

@@ -1,8 +1,11 @@
-"""Fused LoRA product: y[i] = g[i] (x[i] W[e] + t[i] R[e] + b[e]), t[i] = s x[i] D[e], in one loop over K.
+"""Fused LoRA product: y[i] = g[i] (x[i] W[e] + t[i] R[e] + b[e]), t[i] = s x[i] D[e], in one loop
+over K.
 
-    x [rows or tokens, K]   W [E, K, N]   D [E, K, rank]   R [E, rank, N]   y [rows, N]   t [rows, rank]
+    x [rows or tokens, K]   W [E, K, N]   D [E, K, rank]   R [E, rank, N]   y [rows, N]   t [rows,
+    rank]
 
-Every column block recomputes t (rank / BLOCK_N more arithmetic); the first one stores it, in expert order.
+Every column block recomputes t (rank / BLOCK_N more arithmetic); the first one stores it, in expert
+order.
 """
 
 import triton

@@ -1,12 +1,15 @@
 """Gated activations of an expert MLP and their gradient, one pass each.
 
     forward   act = f(gate, up)                      [gate | up] = h, halves or interleaved columns
-    backward  dh = g f'(h) dact;  act again;  dg = <act, dact>       dact before gating, g one gate per row
+    backward  dh = g f'(h) dact;  act again;  dg = <act, dact>       dact before gating, g one gate
+    per row
 
-    SIGMOID: f = (u + shift) a sigmoid(alpha a)      a = min(gate, limit), u = clamp(up, -limit, limit)
+    SIGMOID: f = (u + shift) a sigmoid(alpha a)      a = min(gate, limit), u = clamp(up, -limit,
+    limit)
     TANH:    f = u gelu_tanh(a)
 
-SiLU is SIGMOID with alpha 1, shift 0 and no limit; gpt-oss has alpha 1.702, shift 1 and limit 7, interleaved.
+SiLU is SIGMOID with alpha 1, shift 0 and no limit; gpt-oss has alpha 1.702, shift 1 and limit 7,
+interleaved.
 """
 
 import enum

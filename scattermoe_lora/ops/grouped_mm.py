@@ -1,4 +1,6 @@
-"""torch._grouped_mm over rows in expert order: a dispatch path where it is native, and a cross-check."""
+"""torch._grouped_mm over rows in expert order: a dispatch path where it is native, and a cross-
+check.
+"""
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ def grouped_product(
     bias: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """The routed product by torch._grouped_mm; base, bias and scale are rounded one after the other."""
+    """The routed product by torch._grouped_mm; base, bias and scale are rounded one after the
+    other.
+    """
     y = grouped(by_expert(x, routing, source), weight, routing)
     if bias is not None:
         kept = routing.expert_of_row.clamp(max=routing.experts - 1)

@@ -3,7 +3,8 @@
     forward     y  = x W + t B^T + b       t  = s x A^T
     input grad  dx = dy W^T + yb A         yb = s dy B
 
-The input gradient is the forward product of dy with the transposed weight and the transposed adapter.
+The input gradient is the forward product of dy with the transposed weight and the transposed
+adapter.
 """
 
 from dataclasses import replace
@@ -33,7 +34,9 @@ from .product import (
 from .rows import combine
 
 HALVED_BYTES = 2**25
-"""Rows of a summed gradient from which they are made in two halves: 32 MiB, more than it costs in launches."""
+"""Rows of a summed gradient from which they are made in two halves: 32 MiB, more than it costs in
+launches.
+"""
 
 
 def lora_forward(
@@ -53,7 +56,8 @@ def lora_forward(
     Args:
         x: [routing.row_count(source), K], fp32, fp16 or bf16, any strides.
         weight: [experts, K, N], dtype of x, any strides.
-        lora: a [experts, R, K], b [experts, N, R], in the dtype of x or fp32 (rounded to that of x).
+        lora: a [experts, R, K], b [experts, N, R], in the dtype of x or fp32 (rounded to that of
+            x).
         bias: [experts, N]. row_scale: g, `rows` coefficients in slot order.
 
     Returns:
@@ -81,7 +85,8 @@ def lora_input_grad(
     """dx[i] = g[i] (dy[i] W[e]^T + s (dy[i] B[e]) A[e]) for every routed row i of expert e.
 
     Args:
-        dy: [routing.row_count(source), N]; source TOKEN where the rows of a token share one gradient.
+        dy: [routing.row_count(source), N]; source TOKEN where the rows of a token share one
+            gradient.
         weight, lora: those of the forward product.
 
     Returns:
@@ -170,7 +175,8 @@ def _summed(
     rows: Rows,
     plan: Plan,
 ) -> Tensor:
-    """[tokens, N]: the product, summed over the choices of a token, one half of the columns at a time.
+    """[tokens, N]: the product, summed over the choices of a token, one half of the columns at a
+    time.
 
     Halves keep a large [rows, N] operand of the sum at half its size; blocks of experts would be
     decoded once per half, so they are not split.

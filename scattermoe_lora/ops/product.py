@@ -16,8 +16,8 @@ from ..plan import (
     Precision,
     Tile,
     current_precision,
-    plan_for,
 )
+from ..plan_table import plan_for
 from ..routing import Routing, RowOrder
 from ._check import (
     addressable,
@@ -55,7 +55,9 @@ class BlockedWeight(Protocol):
         """What `w_map` says of its blocks."""
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """(first expert, [experts of the block, K, N]) in order; a block may reuse the last one's memory."""
+        """(first expert, [experts of the block, K, N]) in order; a block may reuse the last one's
+        memory.
+        """
 
 
 class Rows(NamedTuple):
@@ -82,7 +84,8 @@ def scatter2scatter(
 
     Args:
         x: [routing.row_count(source), K], fp32, fp16 or bf16, any strides.
-        weight: [experts, K, N], dtype of x, any strides; stored [experts, N, K] it is passed as its mT.
+        weight: [experts, K, N], dtype of x, any strides; stored [experts, N, K] it is passed as its
+            mT.
         source: order of the rows of x.
         target: order of the rows of the result, SLOT or EXPERT.
         bias: [experts, N], any floating dtype.
@@ -191,7 +194,9 @@ def launch_product(
     low_rank: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R, N])."""
+    """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R,
+    N]).
+    """
     y = x.new_empty((routing.rows, weight.shape[2]))
     if routing.rows == 0:
         return y

@@ -1,7 +1,9 @@
-"""Moving rows: gather into expert order, and the gated sum over the choices of a token with its gradient.
+"""Moving rows: gather into expert order, and the gated sum over the choices of a token with its
+gradient.
 
-group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones zero
-combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no atomics
+group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones
+zero combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no
+atomics
 combine_grad  dg[t, j] = <y[t k + j], dout[t]>
 """
 

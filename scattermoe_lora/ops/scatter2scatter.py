@@ -4,8 +4,8 @@
     L  [rows, rank] in expert order and R [E, rank, N]: a low-rank term, one more reduction step
     g  [rows] per slot, c a number
 
-The forward product, its low-rank shrink X A^T (N = rank) and both input gradients are this one kernel with
-other strides. Accumulation is fp32.
+The forward product, its low-rank shrink X A^T (N = rank) and both input gradients are this one
+kernel with other strides. Accumulation is fp32.
 """
 
 import triton

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._launch import Launcher
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Operation, Path, Plan, current_precision, plan_for
+from ..plan import Operation, Path, Plan, current_precision
+from ..plan_table import plan_for
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
@@ -37,16 +38,18 @@ def lora_weight_grad(
     row_scale: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the adapter: dA[e] = sum g yb^T x and dB[e] = sum g dy^T xa over the rows of expert e.
+    """Gradients of the adapter: dA[e] = sum g yb^T x and dB[e] = sum g dy^T xa over the rows of
+    expert e.
 
     Args:
         x: [row_count(x_order), K]; dy: [row_count(dy_order), N], dtype of x.
-        xa: s x A^T [rows, R] and yb: s dy B [rows, R], in expert order, as the products returned them;
-            both may be None on the recompute path, which does not read them.
+        xa: s x A^T [rows, R] and yb: s dy B [rows, R], in expert order, as the products returned
+            them; both may be None on the recompute path, which does not read them.
         row_scale: g, `rows` coefficients in slot order (the gates that scaled y).
 
     Returns:
-        dA [experts, R, K] and dB [experts, N, R] in the dtype of the adapter; zero for experts without rows.
+        dA [experts, R, K] and dB [experts, N, R] in the dtype of the adapter; zero for experts
+        without rows.
 
     Raises:
         TypeError, ValueError: an operand does not fit, or the plan's path does not take it.

@@ -1,7 +1,7 @@
 """Stored experts as the weight of a routed product, decoded when it runs and not kept.
 
-The product asks for its weight block by block. A block is decoded into one buffer that the next block
-overwrites, so the transient is bounded by the caller's budget; backward decodes again.
+The product asks for its weight block by block. A block is decoded into one buffer that the next
+block overwrites, so the transient is bounded by the caller's budget; backward decodes again.
 """
 
 from collections.abc import Iterator
