@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .cases import LAYOUTS, ORDERS, Case
-from .draws import Draw
+from .draws import LISTED_ONLY, Draw
 from .routings import DROPPING, TILE_HEIGHTS, RoutingKind
 from .shrink import possible
 from .spec import KernelSpec
@@ -120,7 +120,7 @@ class Drawing:
             case = self._changed(spec, case)
         if self.random.random() < 0.3:
             return self._with_plan(spec, case)
-        return replace(draw, case=case, seed=seed, stretch=False)
+        return replace(draw.of_any_path(), case=case, seed=seed, stretch=False)
 
     def resized(self, draw: Draw) -> Draw:
         """A launch of the same form, with other sizes, routing and values: nothing is compiled
@@ -147,7 +147,8 @@ class Drawing:
             routing=self._routing(drops=case.drops),
             scaling=self.random.choice(_SCALINGS),
         )
-        return replace(draw, case=self._sized(changed, case), seed=self.random.randrange(2**16))
+        seed = self.random.randrange(2**16)
+        return replace(draw.of_any_path(), case=self._sized(changed, case), seed=seed)
 
     def beyond(self) -> Draw | None:
         """A launch whose weight or input has more than 2^31 elements; None if it would not fit."""
@@ -176,13 +177,13 @@ class Drawing:
             dtype=plan["dtype"],
             mode=mode,
             seed=self.random.randrange(2**16),
-            path=plan["path"],
+            path=plan["path"] if plan["plan"] is not None else "",
             plan=plan["plan"],
-            label=plan["label"],
+            label=plan["label"] if plan["plan"] is not None else "",
         )
 
     def _case(self, spec: KernelSpec) -> Case:
-        small = [case for case in spec.cases if not case.tags & {"model", "bench"}]
+        small = [case for case in spec.cases if not case.tags & LISTED_ONLY]
         case = self.random.choice(small or list(spec.cases))
         if spec.name in self.fixed:
             return case

@@ -17,8 +17,11 @@ import torch
 from .cases import Case
 from .inputs import DTYPES, Inputs
 from .routings import RoutingKind
-from .run import Outcome, Problem
+from .run import Outcome, Problem, Workbench
 from .spec import KernelSpec, NamedPlan
+
+LISTED_ONLY = frozenset({"model", "bench", "real"})
+"""Tags of cases that are run as they are listed, never varied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,10 @@ class Draw:
             return cls(**{**values, "case": case_from_json(values["case"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the description of a launch: {error}") from error
+
+    def of_any_path(self) -> "Draw":
+        """For another case: an operation that takes no plan chooses its path by the case."""
+        return self if self.plan is not None else replace(self, path="", label="")
 
     def __str__(self) -> str:
         words = [self.kernel, f"[{self.path}]", self.case.shape, self.dtype, self.mode]
@@ -173,6 +180,7 @@ def run_draw(
     device: torch.device,
     *,
     announce: Callable[[Launch], None],
+    bench: Workbench | None = None,
 ) -> Outcome:
     """Check one draw; `announce` is called before its launch, with everything that is needed to
     repeat it.
@@ -196,6 +204,7 @@ def run_draw(
         mode=draw.mode,
         device=device,
         seed=draw.seed,
+        bench=bench or Workbench(),
     )
     (outcome,) = problem.check()
     return outcome

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,8 +138,19 @@ class Finding:
 def write(directory: Path, finding: Finding, *, name: str = "") -> Path:
     """Write a finding; returns its file, which is named after its signature unless stated."""
     path = directory / (name or finding.file_name)
-    write_json(path, finding.as_json())
+    write_json(path, plain(finding.as_json()))
     return path
+
+
+def plain(value: Any) -> Any:
+    """JSON values with the floats that JSON has not as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def read(path: Path) -> Finding:

@@ -29,6 +29,8 @@ _ENOUGH = 3
 _KEPT = 4000
 _COMPILING_SHARE = 0.5
 _STARTING = 300.0
+_SHORT = 10.0
+"""Least patience, in seconds, with smaller launches of one that hung."""
 _STILLBORN = 5
 """Workers that may end before any launch came to an end."""
 
@@ -108,6 +110,11 @@ class Campaign:
         self._random = random.Random(f"{settings.seed} {runs} {self._number}")
         self._run = runs
 
+    @property
+    def pending(self) -> tuple[Draw, ...]:
+        """Launches of which an earlier run left no end: they are run first."""
+        return tuple(self._again)
+
     def _restore(self) -> None:
         """Read what earlier runs of this campaign left."""
         for path in sorted((self.directory / "findings").glob("*.json")):
@@ -137,8 +144,10 @@ class Campaign:
             self._kept = [*self._kept[-_KEPT:], draw]
         return new
 
-    def run(self, seconds: float) -> Iterator[None]:
+    def run(self, seconds: float, *, enough: int = 0) -> Iterator[None]:
         """Go on for so many seconds, then until running launches and shrinking end.
+
+        enough: findings after which it stops sooner, 0 for any number.
 
         Raises:
             RuntimeError: no worker could be started.
@@ -149,7 +158,7 @@ class Campaign:
             self._start_all()
             while True:
                 self.counts.seconds = before + time.monotonic() - start
-                going = time.monotonic() < end
+                going = time.monotonic() < end and not 0 < enough <= len(self.findings)
                 for process in self._processes:
                     if process.idle:
                         self._assign(process, going=going)
@@ -210,7 +219,7 @@ class Campaign:
         job, patience = self._shrinking.get(id(process)), self.settings.patience
         if job is not None and job.candidate is not None:
             hangs = job.finding.kind == "hang"
-            self._tell(process, job.candidate, max(patience / 3, 5.0) if hangs else patience)
+            self._tell(process, job.candidate, max(patience / 3, _SHORT) if hangs else patience)
             return
         if not going:
             return

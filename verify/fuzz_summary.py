@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .coverage import DIMENSIONS, missing_paths
-from .findings import Finding
+from .findings import Finding, plain
 from .fuzz import Campaign
 from .records import SCHEMA
 
@@ -54,7 +54,7 @@ def record(campaign: Campaign, fingerprint: Mapping[str, str], *, complete: bool
         "kernels": {name: dict(found) for name, found in sorted(counts.kernels.items())},
         "not_drawn": dict(counts.refused.most_common(20)),
         "findings": [
-            finding.as_json() | {"file": finding.file_name}
+            plain(finding.as_json()) | {"file": finding.file_name}
             for finding in campaign.findings.values()
         ],
     }

@@ -19,15 +19,17 @@ from typing import Any, TextIO
 import torch
 
 from .coverage import features
-from .draws import Draw, Launch, encoded, run_draw
+from .draws import LISTED_ONLY, Draw, Launch, encoded, run_draw
 from .environment import environment, prepare_interpreter
 from .findings import kind_of
 from .inputs import DTYPES, Inputs
 from .journal import Journal
-from .run import Outcome
+from .run import Outcome, Workbench
 from .spec import KernelSpec
 
 _PLANS_PER_PATH = 8
+_SHARING = 64
+"""Launches, about, that share the routings that were built for them."""
 _RESERVED = 2**30
 """Bytes that torch may keep for later allocations; more are given back after a draw."""
 
@@ -41,6 +43,7 @@ class Worker:
     device: torch.device
     journal: Journal
     answers: TextIO
+    bench: Workbench
 
     def answer(self, **values: Any) -> None:
         """One line to the parent."""
@@ -58,9 +61,8 @@ class Worker:
             self.answer(id=number, launch=values)
 
         start = time.monotonic()
-        outcome = run_draw(
-            self.lib, self.kernels[draw.kernel], draw, self.device, announce=announce
-        )
+        spec = self.kernels[draw.kernel]
+        outcome = run_draw(self.lib, spec, draw, self.device, announce=announce, bench=self.bench)
         seconds = time.monotonic() - start
         reached: tuple[str, ...] = ()
         if seen:
@@ -156,7 +158,7 @@ def plan_pool(lib: ModuleType, spec: KernelSpec, device: torch.device) -> list[d
 
 
 def _anchors(spec: KernelSpec, device: torch.device) -> Iterator[tuple[str, Inputs]]:
-    small = [case for case in spec.cases if not case.tags & {"model", "bench"}] or spec.cases[:1]
+    small = [case for case in spec.cases if not case.tags & LISTED_ONLY] or spec.cases[:1]
     cases = list(small[:: max(len(small) // 3, 1)])[:3]
     if device.type == "cuda" and not is_fixed(spec, device):
         sizes = {"k_in": 512, "n_out": 512, "experts": 4, "top_k": 2, "rank": 16}
@@ -202,12 +204,15 @@ def main() -> int:
         device=torch.device(arguments.device),
         journal=Journal(arguments.journal),
         answers=answers,
+        bench=Workbench(),
     )
     worker.answer(hello=worker.facts(pools=arguments.pools))
     for line in sys.stdin:
         message = json.loads(line)
         if not worker.run(message["id"], Draw.from_json(message["draw"])):
             return 3
+        if message["id"] % _SHARING == 0:
+            worker = replace(worker, bench=Workbench())
     return 0
 
 

@@ -95,7 +95,7 @@ def shrink(
                 continue
             tried.add(case)
             left -= 1
-            candidate = replace(best, case=case)
+            candidate = replace(best.of_any_path(), case=case)
             if (yield candidate):
                 best, progress = candidate, True
                 break

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
     )
+    parser.add_argument(
+        "--enough", type=int, default=0, metavar="N", help="stop after so many findings"
+    )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "--directory", type=Path, metavar="DIR", help="a new directory for journals and findings"
@@ -72,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
     console.print(f"journals and findings in {directory}", highlight=False)
     try:
         with Live(console=console, refresh_per_second=2, transient=True) as live:
-            for _ in campaign.run(seconds):
+            for _ in campaign.run(seconds, enough=arguments.enough):
                 left = end - time.monotonic()
                 live.update(progress(campaign, left if seconds < _FOREVER else 0.0))
                 if not console.is_terminal and time.monotonic() - told > 30:

@@ -1,0 +1,315 @@
+"""What is known to go wrong with versions and devices, and what to do about it.
+
+`gather` reads the machine, `diagnose` is a pure function of what was read.
+"""
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "peft", "bitsandbytes", "accelerate"),
+    *("rich", "pytest", "hypothesis", "pytest-benchmark", "jinja2"),
+)
+STATUSES = ("good", "note", "bad")
+_OLDEST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 18, 1)}
+_SHARED_MEMORY = 99 * 1024
+_TRITON_OF_TORCH = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """What matters of one GPU. shared_memory, memory: bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """A machine. versions: of the packages that are installed. cuda: the version torch was built
+    for, or empty.
+
+    interpret: the value of TRITON_INTERPRET, or empty. avx512: whether the CPU has it.
+    """
+
+    python: str = platform.python_version()
+    versions: dict[str, str] = field(default_factory=dict)
+    cuda: str = ""
+    driver: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    nvidia: bool = False
+    interpret: str = ""
+    avx512: bool = False
+
+    def version(self, name: str) -> tuple[int, ...]:
+        """The release of a package as numbers; () where it is not installed."""
+        words = self.versions.get(name, "").partition("+")[0].split(".")
+        numbers = []
+        for word in words:
+            digits = word[: len(word) - len(word.lstrip("0123456789"))]
+            if not digits:
+                break
+            numbers.append(int(digits))
+        return tuple(numbers)
+
+    @property
+    def interpreting(self) -> bool:
+        """Whether kernels would run in Triton's interpreter."""
+        return not self.gpus or self.interpret.lower() in ("1", "true", "yes", "on", "y")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """One thing looked at. status: good, note (some feature is affected) or bad. advice: what to
+    do.
+    """
+
+    subject: str
+    status: str
+    found: str
+    advice: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: getattr(self, name) for name in ("subject", "status", "found", "advice")}
+
+
+def gather() -> Facts:
+    """Read this machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            gpus.append(
+                Gpu(
+                    name=found.name,
+                    capability=(found.major, found.minor),
+                    shared_memory=found.shared_memory_per_block_optin,
+                    memory=found.total_memory,
+                )
+            )
+    return Facts(
+        versions=versions,
+        cuda=torch.version.cuda or "",
+        driver=_driver(),
+        gpus=tuple(gpus),
+        nvidia=Path("/dev/nvidiactl").exists(),
+        interpret=os.environ.get("TRITON_INTERPRET", ""),
+        avx512="avx512f" in _cpu_flags(),
+    )
+
+
+def _driver() -> str:
+    file = Path("/proc/driver/nvidia/version")
+    if not file.is_file():
+        return ""
+    words = file.read_text().split()
+    return next((word for word in words if word[:1].isdigit() and word.count(".") >= 1), "")
+
+
+def _cpu_flags() -> set[str]:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def diagnose(facts: Facts) -> tuple[Diagnosis, ...]:
+    """Everything that is known about a machine, in the order of importance."""
+    return (*_devices(facts), *_triton(facts), *_hugging_face(facts), *_bitsandbytes(facts))
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in numbers)
+
+
+def _devices(facts: Facts) -> list[Diagnosis]:
+    found = [_required(facts, "torch")]
+    if not facts.gpus:
+        found.append(_no_gpu(facts))
+    for gpu in facts.gpus:
+        found += _gpu(gpu)
+    if facts.gpus and facts.interpret:
+        found.append(
+            Diagnosis(
+                subject="TRITON_INTERPRET",
+                status="bad" if facts.interpreting else "note",
+                found=f"TRITON_INTERPRET={facts.interpret} on a machine with a GPU: "
+                "kernels run on the CPU, a thousand times slower",
+                advice="unset TRITON_INTERPRET, or say --device cpu where that is what you want",
+            )
+        )
+    return found
+
+
+def _no_gpu(facts: Facts) -> Diagnosis:
+    if facts.nvidia:
+        build = f"built for CUDA {facts.cuda}" if facts.cuda else "a CPU build"
+        return Diagnosis(
+            subject="GPU",
+            status="bad",
+            found=f"there is an NVIDIA driver, but torch {facts.versions.get('torch')} ({build}) "
+            "sees no device",
+            advice="install a CUDA build of torch that this driver supports, and look at "
+            "CUDA_VISIBLE_DEVICES",
+        )
+    return Diagnosis(
+        subject="GPU",
+        status="note",
+        found="no GPU: kernels run in Triton's interpreter, which knows no race, "
+        "no shared memory and no speed",
+        advice="fine for correctness; measure and fuzz on a GPU",
+    )
+
+
+def _gpu(gpu: Gpu) -> list[Diagnosis]:
+    capability = _dotted(gpu.capability)
+    if gpu.capability < (8, 0):
+        return [
+            Diagnosis(
+                subject=gpu.name,
+                status="bad",
+                found=f"compute capability {capability}; Triton supports 8.0 and newer, and there "
+                "are no bf16 tensor cores below",
+                advice="use an Ampere GPU (A100, RTX 30) or newer",
+            )
+        ]
+    found = [Diagnosis(subject=gpu.name, status="good", found=f"compute capability {capability}")]
+    if gpu.shared_memory <= _SHARED_MEMORY:
+        found.append(
+            Diagnosis(
+                subject=gpu.name,
+                status="note",
+                found=f"{gpu.shared_memory // 1024} KB of shared memory per block",
+                advice="tiles are smaller than on a data centre GPU; run "
+                "`python -m verify tune` for its own plans",
+            )
+        )
+    if gpu.capability < (9, 0):
+        found.append(
+            Diagnosis(
+                subject=gpu.name,
+                status="note",
+                found="no tensor maps below compute capability 9.0",
+                advice="plans load through pointers; nothing to do",
+            )
+        )
+    return found
+
+
+def _required(facts: Facts, name: str) -> Diagnosis:
+    oldest = _OLDEST[name]
+    if not facts.version(name):
+        return Diagnosis(
+            subject=name, status="bad", found="not installed", advice=f"pip install {name}"
+        )
+    if facts.version(name) < oldest:
+        return Diagnosis(
+            subject=name,
+            status="bad",
+            found=f"{facts.versions[name]} is older than {_dotted(oldest)}",
+            advice=f"pip install '{name}>={_dotted(oldest)}'",
+        )
+    return Diagnosis(subject=name, status="good", found=facts.versions[name])
+
+
+def _triton(facts: Facts) -> list[Diagnosis]:
+    found = [_required(facts, "triton")]
+    triton, numpy, torch_version = (facts.version(name) for name in ("triton", "numpy", "torch"))
+    if facts.interpreting and triton[:2] == (3, 6) and numpy >= (2, 4):
+        found.append(
+            Diagnosis(
+                subject="Triton's interpreter and numpy",
+                status="bad",
+                found=f"the interpreter of Triton {facts.versions['triton']} raises TypeError at "
+                f"every loop with run-time bounds under numpy {facts.versions['numpy']}",
+                advice="pip install 'numpy<2.4', or Triton 3.7 or newer",
+            )
+        )
+    expected = _TRITON_OF_TORCH.get(torch_version[:2])
+    if facts.cuda and triton and expected and triton[:2] != expected:
+        found.append(
+            Diagnosis(
+                subject="torch and Triton",
+                status="bad" if triton[:2] < expected else "note",
+                found=f"torch {facts.versions['torch']} is built against Triton "
+                f"{_dotted(expected)}, and {facts.versions['triton']} is installed",
+                advice="reinstall torch, which pins its Triton; torch.compile relies on the match",
+            )
+        )
+    if facts.interpreting and not facts.version("numpy"):
+        found.append(
+            Diagnosis(
+                subject="numpy",
+                status="bad",
+                found="not installed, and Triton's interpreter needs it",
+                advice="pip install numpy",
+            )
+        )
+    return found
+
+
+def _hugging_face(facts: Facts) -> list[Diagnosis]:
+    found = []
+    for name in ("transformers", "peft"):
+        if facts.version(name):
+            found.append(_required(facts, name))
+    peft = facts.version("peft")
+    if peft == (0, 19, 0):
+        found.append(
+            Diagnosis(
+                subject="PEFT 0.19.0",
+                status="bad",
+                found="it swaps the dimensions of expert adapters under the wrong condition: "
+                "their factors have other shapes than in every other version",
+                advice="pip install 'peft>=0.19.1'; adapters saved by 0.19.0 are read by "
+                "scattermoe_lora, not by PEFT",
+            )
+        )
+    elif (0, 19, 1) <= peft <= (0, 21, 2) and facts.version("bitsandbytes"):
+        what = (
+            "ignores and never trains one of two adapters"
+            if peft < (0, 21)
+            else "adds the adapter anew in every forward pass, and raises in the second step"
+        )
+        found.append(
+            Diagnosis(
+                subject=f"PEFT {facts.versions['peft']} on experts quantised by bitsandbytes",
+                status="note",
+                found=f"PEFT's own forward pass {what}; merging changes nothing, without a word",
+                advice="use the integration of scattermoe_lora, which goes round it and merges "
+                "by itself; take no result of plain PEFT as a reference",
+            )
+        )
+    return found
+
+
+def _bitsandbytes(facts: Facts) -> list[Diagnosis]:
+    version = facts.version("bitsandbytes")
+    if not version:
+        return []
+    if (0, 49) <= version < (0, 51) and facts.avx512:
+        return [
+            Diagnosis(
+                subject=f"bitsandbytes {facts.versions['bitsandbytes']} on this CPU",
+                status="note",
+                found="with AVX-512 it dequantises wrongly, by 15 to 30%, wherever the last "
+                "dimension is not a multiple of the block size",
+                advice="nothing on a GPU, nor with scattermoe_lora's kernels; on the CPU flatten "
+                "the shape first",
+            )
+        ]
+    return [Diagnosis(subject="bitsandbytes", status="good", found=facts.versions["bitsandbytes"])]
