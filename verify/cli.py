@@ -11,13 +11,18 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
+    "bench": "times against the floor and the peers, only of what is right",
     "check": "every kernel and path against its reference (the default)",
+    "calibrate": "how often the judge is wrong about right kernels, and what errors it sees",
+    "compile": "plans of every architecture, compiled without a GPU, against a baseline",
     "doctor": "versions and devices, and what is known to be wrong with them",
     "fuzz": "kernels on launches that nobody listed, for a time or until stopped",
+    "mutants": "wrong kernels, and which of them the judge sees",
     "qualify": "everything, stage by stage, on a GPU that nobody has tried",
     "replay": "findings of fuzz and failures of check, rerun exactly",
     "report": "one HTML page, and Markdown, of all records",
     "sanitize": "kernels under compute-sanitizer",
+    "tune": "the fastest right plan of every problem, written as a table",
 }
 DEFAULT = "check"
 

@@ -1,0 +1,160 @@
+"""Power of the judge: wrong kernels, and which of them it sees."""
+
+import argparse
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .common import add_common, check_names, prepare, source_directory
+
+_FAST_PER_KERNEL = 6
+_FAST_CHECKS = 30
+_SECONDS = {"cpu": 45.0, "cuda": 120.0}
+_INTERVAL = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--fast",
+        action="store_true",
+        help="those made by hand and a seeded sample of each kernel (default)",
+    )
+    depth.add_argument("--full", action="store_true", help="every mutant")
+    parser.add_argument(
+        "--kernels", type=_words, default=(), metavar="A,B", help="functions, or specs by name"
+    )
+    parser.add_argument("--per-kernel", type=int, default=_FAST_PER_KERNEL, metavar="N")
+    parser.add_argument(
+        "--checks", type=int, default=None, metavar="N", help="give up on a mutant after N checks"
+    )
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Try the mutants; 1 if one survives."""
+    device = prepare(arguments.device)
+    from ..environment import environment
+    from ..mutants import as_json, by_hand, generated, known_verdicts, sample, try_all
+    from ..mutation_trials import SPECS, Verdict
+    from ..records import SCHEMA, fingerprints
+
+    package, console, start = source_directory(), Console(stderr=True), time.monotonic()
+    every = [*by_hand(package, SPECS.values()), *generated(package, list(SPECS.values()))]
+    check_names("kernels", arguments.kernels, (candidate.kernel for candidate in every))
+    if arguments.kernels:
+        every = [candidate for candidate in every if candidate.kernel in arguments.kernels]
+    chosen = every
+    if not arguments.full:
+        chosen = sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
+    limit = arguments.checks
+    if limit is None:
+        limit = 0 if arguments.full else _FAST_CHECKS
+    verdicts: dict[str, Verdict] = {}
+    if arguments.resume and arguments.resume.is_file():
+        verdicts = known_verdicts(json.loads(arguments.resume.read_text())["mutants"], chosen)
+    open_ones = [c for c in chosen if not c.equivalent and c.id not in verdicts]
+    head = {
+        "schema": SCHEMA,
+        "command": "mutants",
+        "environment": environment(device),
+        "seed": arguments.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": fingerprints(package, SPECS.values()),
+    }
+    written = [start]
+
+    def write(*, complete: bool) -> dict[str, Any]:
+        tried = [c for c in chosen if c.equivalent or c.id in verdicts]
+        entries = [as_json(candidate, verdicts.get(candidate.id)) for candidate in tried]
+        record = _record(head, entries, seconds=time.monotonic() - start, complete=complete)
+        for path in {arguments.json, arguments.resume} - {None}:
+            from ..records import write_json
+
+            write_json(path, record)
+        written[0] = time.monotonic()
+        return record
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    complete = False
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("mutants", total=len(open_ones))
+
+            def found(verdict: Verdict) -> None:
+                verdicts[verdict.id] = verdict
+                if verdict.status == "survived":
+                    progress.console.print(f"survived: {verdict.id}", style="red", markup=False)
+                progress.advance(task)
+                if time.monotonic() - written[0] > _INTERVAL:
+                    write(complete=False)
+
+            try_all(
+                [candidate.task(limit) for candidate in open_ones],
+                jobs=arguments.jobs or os.cpu_count() or 1,
+                device=str(device),
+                seconds=_SECONDS[device.type],
+                found=found,
+            )
+        complete = True
+    finally:
+        record = write(complete=complete)
+    _print(Console(), record)
+    return int(record["summary"]["survived"] > 0)
+
+
+def _record(
+    head: dict[str, Any], entries: list[dict[str, Any]], *, seconds: float, complete: bool
+) -> dict[str, Any]:
+    from ..mutants import STATUSES, scores
+
+    counts = {status: sum(entry["status"] == status for entry in entries) for status in STATUSES}
+    total = counts["killed"] + counts["survived"]
+    return {
+        **head,
+        "seconds": round(seconds, 3),
+        "summary": {**counts, "total": total, "complete": complete},
+        "killed": counts["killed"],
+        "total": total,
+        "scores": scores(entries),
+        "mutants": entries,
+    }
+
+
+def _print(console: Console, record: dict[str, Any]) -> None:
+    for entry in record["mutants"]:
+        if entry["status"] == "survived":
+            console.print(Text(f"survived: {entry['id']} ({entry['what']})", style="bold red"))
+            console.print(Text(entry["diff"]))
+    table = Table(title="mutants killed", title_justify="left")
+    for name in ("kernel", "killed", "total", "equivalent", "invalid"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for kernel, score in record["scores"].items():
+        table.add_row(kernel, *(str(score[name]) for name in list(score)))
+    console.print(table)
+    summary = record["summary"]
+    console.print(
+        f"{summary['killed']} of {summary['total']} killed, {summary['survived']} survived, "
+        f"{summary['equivalent']} equivalent, {summary['invalid']} invalid, "
+        f"{record['seconds']:.0f} s"
+    )

@@ -1,0 +1,114 @@
+"""Checks with operands whose elements lie more than 2^31 elements apart.
+
+A 32-bit offset misses them. The storage is address space of which only the touched pages exist, so
+this runs on a CPU with little memory, and without guards. One dimension at a time is stretched, of
+every operand that has it.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .compare import compare
+from .expected import Expected
+from .inputs import Inputs
+from .models import Arithmetic
+from .spec import KernelSpec, NamedPlan
+
+_SPAN = 2**31 + 2**20
+FAR_DIMS = (-1, -2, -3)
+_KEPT = ("top_k_index",)
+
+
+def far_case(spec: KernelSpec) -> Case | None:
+    """A small case of a spec that stretches well, or None if it has none."""
+    narrow = next((case for case in spec.cases if case.name == "narrow"), None)
+    return None if narrow is None else replace(narrow, bias=True, gated=True, name="far")
+
+
+def stretched(inputs: Inputs, dim: int) -> Inputs:
+    """The same values, dimension `dim` of each operand spread over 2^31 elements."""
+    tensors = {
+        name: value if name in _KEPT or value.ndim < -dim else _far(value, dim)
+        for name, value in inputs.tensors.items()
+    }
+    return replace(inputs, tensors=tensors)
+
+
+def _far(value: Tensor, dim: int) -> Tensor:
+    extent = value.shape[dim]
+    if extent < 2:
+        return value
+    stride = list(torch.empty(value.shape, device="meta").stride())
+    stride[dim] = -(-_SPAN // (extent - 1)) // 16 * 16
+    span = 1 + sum((size - 1) * step for size, step in zip(value.shape, stride, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, span * value.itemsize, flags=flags)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype)
+    view = flat.as_strided(value.shape, stride)
+    view.copy_(value)
+    return view
+
+
+class FarBench:
+    """Runs specs on stretched operands; inputs and references are made once.
+
+    prepare: (lib, spec, inputs) -> what the spec finds in `inputs.prepared`.
+    """
+
+    def __init__(self, prepare: Callable[[ModuleType, KernelSpec, Inputs], Any]) -> None:
+        self.prepare = prepare
+        self._known: dict[str, Far | None] = {}
+
+    def ratios(
+        self, lib: ModuleType, spec: KernelSpec, paths: tuple[str, ...]
+    ) -> Iterator[tuple[NamedPlan, int, float]]:
+        """(plan, stretched dimension, worst error over its limit) of every quick plan."""
+        if spec.name not in self._known:
+            self._known[spec.name] = _far_of(spec)
+        known = self._known[spec.name]
+        if known is None:
+            return
+        prepared = self.prepare(lib, spec, known.inputs)
+        for dim, apart in known.apart.items():
+            inputs = replace(apart, prepared=prepared)
+            for plan in spec.plans(lib, inputs):
+                if plan.quick and not plan.unavailable and (not paths or plan.path in paths):
+                    outputs = spec.run(lib, inputs, plan.plan)
+                    yield plan, dim, _worst(outputs, known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Far:
+    """Inputs of a spec, what it should make of them, and the inputs stretched in each dimension."""
+
+    inputs: Inputs
+    expected: Mapping[str, Expected]
+    apart: Mapping[int, Inputs]
+
+
+def _far_of(spec: KernelSpec) -> Far | None:
+    case = far_case(spec)
+    if case is None:
+        return None
+    mode = "exact" if "exact" in spec.modes else "balanced"
+    inputs = spec.inputs(case, torch.float16, mode, torch.device("cpu"))
+    with torch.enable_grad():
+        expected = spec.reference(inputs, Arithmetic())
+    apart = {dim: stretched(inputs, dim) for dim in FAR_DIMS}
+    return Far(inputs=inputs, expected=expected, apart=apart)
+
+
+def _worst(outputs: Mapping[str, Tensor], known: Far) -> float:
+    exact = known.inputs.mode == "exact"
+    found = [
+        compare(name, outputs[name], known.expected[name], exact=exact) for name in known.expected
+    ]
+    return max(item.ratio for item in found)

@@ -1,0 +1,74 @@
+"""Where mutants are made, which checks look for them, and which no check can see, with the reason.
+
+A check is named "spec" or "spec:path". What is listed first is run first.
+"""
+
+from collections.abc import Mapping
+
+ROUTING_FILES = ("_row_tiles.py", "_sizes.py", "_sort.py", "routing.py")
+"""A mutant of these builds its routing itself; all others are given a right one."""
+
+CHECKS: Mapping[str, tuple[str, ...]] = {
+    "_row_tiles.py": ("routing", "scatter2scatter:tiles"),
+    "_sizes.py": ("routing", "lora_forward", "combine", "glu_forward"),
+    "_sort.py": ("routing", "scatter2scatter:tiles"),
+    "ops/_tile.py": ("lora_forward:epilogue", "lora_forward:fused"),
+    "ops/fused.py": ("lora_forward:fused", "lora_input_grad:fused"),
+    "ops/gram.py": ("lora_weight_grad:gram", "expert_weight_grad:gram"),
+    "ops/lora.py": ("lora_forward", "lora_input_grad"),
+    "ops/product.py": ("lora_forward:epilogue", "scatter2scatter:tiles", "shrink"),
+    "ops/recompute.py": ("lora_weight_grad:recompute",),
+    "ops/scatter2scatter.py": ("lora_forward:epilogue", "scatter2scatter:tiles", "shrink"),
+}
+"""By file; a file that is not listed is checked by the specs whose source it is."""
+
+FUNCTION_CHECKS: Mapping[str, tuple[str, ...]] = {
+    "group": ("group",),
+    "group_kernel": ("group",),
+    "combine": ("combine",),
+    "combine_kernel": ("combine",),
+    "combine_grad": ("combine_grad",),
+    "combine_grad_kernel": ("combine_grad",),
+    "expert_bias_grad": ("expert_bias_grad",),
+    "expert_bias_grad_kernel": ("expert_bias_grad",),
+    "expert_weight_grad": ("expert_weight_grad",),
+    "lora_weight_grad": ("lora_weight_grad",),
+    "lora_grads": ("lora_weight_grad",),
+    "glu_forward": ("glu_forward",),
+    "glu_forward_kernel": ("glu_forward",),
+    "glu_backward": ("glu_backward",),
+    "glu_backward_kernel": ("glu_backward",),
+    "gate_and_up": ("glu_backward", "glu_forward"),
+    "gate_value": ("glu_backward", "glu_forward"),
+}
+"""By function, before the table of files."""
+
+HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
+    "_row_tiles.py": (
+        "row_tile_count",
+        "row_tile_range",
+        "row_tile_entries",
+        "group_bins",
+        "row_tiles",
+    ),
+    "_sizes.py": ("ceil_div", "next_power_of_two"),
+    "_sort.py": ("sort_by_expert",),
+    "ops/dequantize.py": ("dequantize_four_bit",),
+    "ops/dequantize_scaled.py": ("dequantize_scaled",),
+    "ops/glu.py": ("glu_forward", "glu_backward"),
+    "ops/gram.py": ("launch_gram", "_programs", "_gram"),
+    "ops/lora.py": ("lora_rows", "_summed", "_shrink", "_fused"),
+    "ops/product.py": ("_launch", "rank_block", "weight_operand", "row_operand", "gathered"),
+    "ops/recompute.py": ("launch_recompute",),
+    "ops/rows.py": ("group", "combine", "combine_grad"),
+    "ops/weight_grad.py": ("lora_grads", "expert_weight_grad", "expert_bias_grad"),
+}
+"""Launchers whose arithmetic reaches a kernel."""
+
+NOT_SEEN = ("form", "pointers", "warps", "stages", "num_warps")
+"""Names and arguments that choose a compiled variant and change no result."""
+
+SKIPPED_FUNCTIONS = ("self_test_kernel",)
+
+EQUIVALENT: Mapping[str, str] = {}
+"""Id of a mutant -> why no input can tell it from the original."""
