@@ -1,0 +1,67 @@
+"""Compiles what benchmarks will launch, in several processes at once, before anything is timed.
+
+Every process runs each distinct problem once; Triton's cache on disk carries the result over.
+"""
+
+import importlib
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+import torch
+
+from .bench_arms import arm_of
+from .bench_cases import BenchCase
+from .bench_inputs import draw
+
+PROCESSES = 12
+"""More do not fit beside each other on a GPU of 80 GB."""
+
+
+def compile_ahead(
+    cases: Iterable[BenchCase], device: torch.device, *, processes: int = PROCESSES
+) -> Iterator[tuple[str, int, str]]:
+    """Run each problem once, spread over processes; yields (problem, cases run, error) as they end.
+
+    Problems that differ only in their routing compile the same kernels.
+    """
+    jobs: dict[BenchCase, dict[BenchCase, None]] = {}
+    for case in cases:
+        plain = replace(case, routing="balanced")
+        job = replace(
+            plain, kind="layer", what="step", projection="", tokens=case.tokens, rank=case.rank
+        )
+        jobs.setdefault(job, {})[plain] = None
+    workers = max(1, min(processes, len(jobs), (os.cpu_count() or 2) - 1))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+        waiting = {
+            pool.submit(run_once, tuple(found), str(device)): job.name
+            for job, found in jobs.items()
+        }
+        for done in as_completed(waiting):
+            error = done.exception()
+            count = 0 if error else done.result()
+            yield waiting[done], count, "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def run_once(cases: tuple[BenchCase, ...], device: str) -> int:
+    """Run every case once in this process; how many ran. One that fails will fail again when it is
+    timed.
+    """
+    lib = importlib.import_module("scattermoe_lora")
+    target, drawn, ran = torch.device(device), None, 0
+    for case in cases:
+        try:
+            if drawn is None or drawn.case != case.inputs_key:
+                drawn = None
+                drawn = draw(case, target)
+            arm_of(lib, case, drawn).results()
+        except Exception:  # noqa: BLE001 - reported when it is timed
+            continue
+        ran += 1
+    if target.type == "cuda":
+        torch.cuda.synchronize(target)
+    return ran
