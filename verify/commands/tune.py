@@ -1,0 +1,117 @@
+"""Search the plans of this GPU and write them as a table."""
+
+import argparse
+import importlib
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .common import add_common, package, prepare, source_directory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    parser.add_argument("--models", default="", metavar="A,B", help="built-in names or configs")
+    parser.add_argument("--tokens", default="2048,8192", metavar="T,T")
+    parser.add_argument("--ranks", default="16", metavar="R,R")
+    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B")
+    parser.add_argument("--rounds", type=int, default=7, help="samples per candidate")
+    parser.add_argument("--jobs", type=int, default=12, help="processes that compile ahead, or 0")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop searching after that")
+    parser.add_argument(
+        "--table", type=Path, help="where to write (default: this machine's own table)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Search, print what was found, write the table; 1 if a candidate was wrong."""
+    device = prepare(arguments.device)
+    from ..bench_cases import BUILT_IN
+    from ..environment import environment
+    from ..records import SCHEMA, fingerprints, write_json
+    from ..specs import KERNELS
+    from ..tune import Trial, clock_for, compile_ahead, search, targets
+
+    lib = package()
+    plan_table = importlib.import_module(f"{lib.__name__}.plan_table")
+    start = time.monotonic()
+    console = Console(stderr=True)
+    wanted = targets(
+        [name for name in arguments.models.split(",") if name] or list(BUILT_IN),
+        [int(tokens) for tokens in arguments.tokens.split(",")],
+        [int(rank) for rank in arguments.ranks.split(",")],
+        [getattr(torch, name) for name in arguments.dtypes.split(",")],
+    )
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": "tune",
+        "environment": environment(device),
+        "seed": arguments.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": fingerprints(source_directory(), KERNELS),
+        "plans": [],
+    }
+    if arguments.jobs and device.type == "cuda":
+        for failure in compile_ahead(wanted, device, arguments.jobs):
+            console.print(f"does not run: {failure}", markup=False)
+    facts = lib.Device.of(device)
+    plans, findings = {}, []
+    clock = clock_for(device)
+    with Progress(console=console, transient=True) as progress:
+        for target in progress.track(wanted, description="tune"):
+            if time.monotonic() - start > 60 * arguments.minutes:
+                console.print(f"stopped after {arguments.minutes} minutes at {target.name}")
+                break
+            finding = search(Trial(lib, target, device), clock, arguments.rounds)
+            findings.append(finding)
+            plans[finding.bucket] = finding.plan
+            record["plans"].append(
+                {
+                    "name": target.name,
+                    "bucket": finding.bucket,
+                    "plan": plan_table.plan_entry(finding.plan),
+                    "ms": finding.ms,
+                    "heuristic_ms": finding.heuristic_ms,
+                    "tried": finding.tried,
+                    "wrong": list(finding.wrong),
+                }
+            )
+            if arguments.json:
+                write_json(arguments.json, record)
+    path = arguments.table or plan_table.tuned_path(facts)
+    plan_table.write_table(path, facts, plans)
+    wrong = [line for finding in findings for line in finding.wrong]
+    ratios = [math.log(finding.heuristic_ms / finding.ms) for finding in findings]
+    mean = math.exp(sum(ratios) / max(1, len(ratios)))
+    summary = {"tuned": len(plans), "wrong": len(wrong), "heuristic_over_tuned": mean}
+    record |= {"seconds": round(time.monotonic() - start, 3), "summary": summary}
+    if arguments.json:
+        write_json(arguments.json, record)
+    _print(findings, Console())
+    for line in wrong:
+        console.print(f"wrong: {line}", markup=False)
+    console.print(f"{len(plans)} plans in {path}; heuristic / tuned = {mean:.3f}", markup=False)
+    return 1 if wrong else 0
+
+
+def _print(findings: list, console: Console) -> None:
+    table = Table("problem", "tuned ms", "heuristic ms", "candidates", "plan")
+    for finding in findings:
+        tile = finding.plan.tile
+        knobs = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages}"
+        table.add_row(
+            finding.target.name,
+            f"{finding.ms:.4f}",
+            f"{finding.heuristic_ms:.4f}",
+            str(finding.tried),
+            f"{finding.plan.path.value} {knobs}",
+        )
+    console.print(table)
