@@ -219,13 +219,17 @@ class Campaign:
         job, patience = self._shrinking.get(id(process)), self.settings.patience
         if job is not None and job.candidate is not None:
             hangs = job.finding.kind == "hang"
-            self._tell(process, job.candidate, max(patience / 3, _SHORT) if hangs else patience)
+            self._tell(process, job.candidate, self._hung() if hangs else patience)
             return
         if not going:
             return
         draw = self._again.pop() if self._again else self._next()
         if draw is not None:
             self._tell(process, draw, patience * (4 if draw.stretch else 1))
+
+    def _hung(self) -> float:
+        """Patience with smaller launches of one that hung."""
+        return min(self.settings.patience, max(self.settings.patience / 3, _SHORT))
 
     def _tell(self, process: Process, draw: Draw, patience: float) -> None:
         self._number += 1
