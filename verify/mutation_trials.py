@@ -34,7 +34,16 @@ SPECS: Mapping[str, KernelSpec] = {
 }
 """Every operation that mutants are checked by."""
 MUTANT = "mutant_of_scattermoe_lora"
-_LIKELY = ("tails", "scattered", "gated-sentinels", "holes", "sentinels-slot", "plain", "strided")
+_LIKELY = (
+    "tails",
+    "scattered",
+    "gated-sentinels",
+    "gated-shared-gradient",
+    "holes",
+    "sentinels-slot",
+    "plain",
+    "strided",
+)
 _HOPELESS = 5
 """Checks that raise, of a mutant that computed nothing yet, before it counts as invalid."""
 _RAISES = 12
@@ -160,8 +169,9 @@ class Bench:
 
     def _search(self, lib: ModuleType, task: Task) -> Verdict:
         shared = Workbench() if task.routes else RightRoutings(self._right, self._known)
-        if task.far and self._device.type == "cpu":
-            killed_by = self._far(lib, task, shared)
+        far = self._device.type == "cpu"
+        if task.far and far:
+            far, killed_by = False, self._far(lib, task, shared)
             if killed_by:
                 return Verdict(id=task.id, status="killed", killed_by=killed_by, checks=1)
         checks, raised, reason = 0, 0, ""
@@ -179,6 +189,9 @@ class Bench:
                 break
             if task.limit and checks >= task.limit:
                 break
+        killed_by = self._far(lib, task, shared) if far and not raised else None
+        if killed_by:
+            return Verdict(id=task.id, status="killed", killed_by=killed_by, checks=checks + 1)
         status = "invalid" if raised else "survived"
         return Verdict(id=task.id, status=status, reason=reason, checks=checks)
 

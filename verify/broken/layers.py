@@ -147,11 +147,11 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             new="valid = chosen < experts",
         ),
         Mutant(
-            id="routing-beyond",
-            what="the first id past the end is an expert",
+            id="routing-last",
+            what="the last expert counts as dropped",
             file=_SORT,
             old="(chosen < experts)",
-            new="(chosen <= experts)",
+            new="(chosen < experts - 1)",
         ),
         Mutant(
             id="routing-earlier",
@@ -176,10 +176,10 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
         ),
         Mutant(
             id="routing-chunks",
-            what="chunks past the eighth are not counted",
+            what="chunks of the first step alone are counted",
             file=_SORT,
             old="for start in range(0, chunks, 8):",
-            new="for start in range(0, 8, 8):",
+            new="for start in range(0, 2, 2):",
         ),
         Mutant(
             id="routing-offsets",
