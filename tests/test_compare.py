@@ -27,7 +27,9 @@ K_TILE = 32
 
 
 class Simulated:
-    """A right LoRA forward in plain torch: fp32 sums, rounded where a kernel rounds; `faults` spoil it."""
+    """A right LoRA forward in plain torch: fp32 sums, rounded where a kernel rounds; `faults`
+    spoil it.
+    """
 
     def __init__(self, inputs: Inputs, *faults: str) -> None:
         self.inputs, self.faults = inputs, faults
@@ -106,7 +108,9 @@ def test_right_answers_pass(dtype, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_right_answers_pass_on_parallel_inputs(dtype):
-    """Every row of x points the same way, so roundings of one operand move whole vectors together."""
+    """Every row of x points the same way, so roundings of one operand move whole vectors
+    together.
+    """
     for seed in range(20):
         drawn = make_inputs(CASE, dtype, "balanced", CPU, seed=seed)
         parallel = (drawn["x"][:1] * torch.linspace(0.5, 2, CASE.tokens)[:, None]).to(dtype)

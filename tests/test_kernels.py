@@ -1,11 +1,13 @@
-"""Every kernel, path and boundary agrees with its reference; bad input is refused; paths agree bitwise."""
+"""Every kernel, path and boundary agrees with its reference; bad input is refused; paths agree
+bitwise.
+"""
 
 import pytest
-import scattermoe_lora as lib
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import scattermoe_lora as lib
 from conftest import DEVICE
 from verify.inputs import DTYPES
 from verify.run import Problem, Selection, dtype_name, guarded_run

@@ -1,12 +1,14 @@
-"""Experts of transformers models on text: the truth is their own computation, and the kernels meet it."""
+"""Experts of transformers models on text: the truth is their own computation, and the kernels
+meet it.
+"""
 
 import copy
 from dataclasses import replace
 
 import pytest
-import scattermoe_lora as lib
 import torch
 
+import scattermoe_lora as lib
 from conftest import DEVICE
 from verify.cases import REAL
 from verify.compare import compare

@@ -1,4 +1,6 @@
-"""The truth itself: its gradients, its zeros, its independence of order, and the error models beside it."""
+"""The truth itself: its gradients, its zeros, its independence of order, and the error models
+beside it.
+"""
 
 import pytest
 import torch
@@ -105,7 +107,9 @@ def test_models_have_the_value_of_the_truth(spec):
 
 @pytest.mark.parametrize("rounds", Rounds)
 def test_variance_predicts_the_error_of_rounding(rounds):
-    """Simulated pipelines in bf16 err as much as their model says, within the noise of the sample."""
+    """Simulated pipelines in bf16 err as much as their model says, within the noise of the
+    sample.
+    """
     case = next(case for case in SMALL if case.name == "deep")
     inputs = make_inputs(case, torch.bfloat16, "balanced", CPU)
     groups = Groups.of(inputs["top_k_index"], case.experts)
@@ -132,7 +136,9 @@ def test_variance_predicts_the_error_of_rounding(rounds):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_spacing_is_the_distance_to_the_next_number(dtype):
     limits = torch.finfo(dtype)
-    values = torch.tensor([1.0, 1.5, 3.1, 300.0, limits.smallest_normal, limits.smallest_normal / 4])
+    values = torch.tensor(
+        [1.0, 1.5, 3.1, 300.0, limits.smallest_normal, limits.smallest_normal / 4]
+    )
     values = values.to(dtype)
     up = torch.nextafter(values, torch.full_like(values, torch.inf))
     assert spacing(values.double(), dtype).equal(up.double() - values.double())

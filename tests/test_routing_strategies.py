@@ -72,7 +72,9 @@ def test_distinct_choices_where_a_router_makes_them():
 
 
 def test_counts_are_told_in_words():
-    assert describe_counts(torch.tensor([[0, 2], [-1, 2]]), 3) == "rows per expert [1 0 2], 1 dropped"
+    assert (
+        describe_counts(torch.tensor([[0, 2], [-1, 2]]), 3) == "rows per expert [1 0 2], 1 dropped"
+    )
 
 
 def test_unknown_kinds_are_refused():

@@ -1,6 +1,7 @@
 """Real input: what the experts of small random transformers models are given on tokenised text.
 
-Bytes of Python's own standard library are the text, and a byte is a token. The hidden states are what the
+Bytes of Python's own standard library are the text, and a byte is a token. The hidden states are
+what the
 model's attention and norms make of it, and the top-k is that of the model's own router.
 """
 
@@ -8,14 +9,15 @@ import argparse
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FAMILIES = ("qwen3-moe", "olmoe", "mixtral")
 
 
-class Unavailable(RuntimeError):
+class Unavailable(RuntimeError):  # noqa: N818 - a state, not a fault
     """Something optional is not installed; the message says what."""
 
 
@@ -29,7 +31,7 @@ class Captured:
     hidden: Tensor
     top_k_index: Tensor
     top_k_weights: Tensor
-    experts: nn.Module
+    experts: Any
 
     @property
     def gate_up(self) -> Tensor:

@@ -8,6 +8,7 @@ bench   the model cases that are also timed
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .routings import DROPPING, RoutingKind
 
@@ -17,11 +18,15 @@ ORDERS = ("TOKEN", "SLOT", "EXPERT")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One problem: Y [tokens * top_k, n_out] from X [.., k_in], W [experts, k_in, n_out] and rank-`rank` LoRA.
+    """One problem: Y [tokens * top_k, n_out] from X [.., k_in], W [experts, k_in, n_out] and
+    rank-`rank` LoRA.
 
-    source, target: names of RowOrder members. gradient: row order of dY, that of the target unless stated.
-    gated: every row is multiplied by its slot's gate. weight_layout: how W's storage is laid out (transposed: stored
-    [experts, n_out, k_in]; strided: gaps between columns; offset: starts off the alignment of the allocator).
+    source, target: names of RowOrder members. gradient: row order of dY, that of the target
+    unless stated.
+    gated: every row is multiplied by its slot's gate. weight_layout: how W's storage is laid out
+    (transposed: stored
+    [experts, n_out, k_in]; strided: gaps between columns; offset: starts off the alignment of the
+    allocator).
     lora_dtype: "same" as the activations, or "float32". values: normal, or offset (non-zero mean).
     family: the transformers model that x, weight and top_k_index are taken from, or empty.
     """
@@ -87,7 +92,7 @@ class Case:
         )
 
 
-def _small(name: str, *tags: str, **changes: object) -> Case:
+def _small(name: str, *tags: str, **changes: Any) -> Case:
     base = Case(
         name=name,
         tokens=37,

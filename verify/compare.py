@@ -1,13 +1,16 @@
 """The judge: one output against what it should be.
 
-Every error is divided by the limit that the arithmetic of a correct kernel implies, so that one number serves
+Every error is divided by the limit that the arithmetic of a correct kernel implies, so that one
+number serves
 every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance, `Expected.model`):
 
-    whole, expert, row   ||error|| / sqrt(sum of variances) <= 1.25 + 8 / sqrt(n) over n elements; shared errors
+    whole, expert, row   ||error|| / sqrt(sum of variances) <= 1.25 + 8 / sqrt(n) over n elements;
+    shared errors
                          with few degrees of freedom may vary as much as a chi-square of as many
     element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
     slope                the factor fitted to each term is 1 within 6 of its standard deviations
-    exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0, exact mode
+    exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0,
+    exact mode
 """
 
 from collections.abc import Mapping
@@ -52,7 +55,9 @@ class Comparison:
 
 
 def compare(output: str, got: Tensor, expected: Expected, *, exact: bool = False) -> Comparison:
-    """Judge one output; `exact` demands equality to the bit with the truth rounded to the output's type."""
+    """Judge one output; `exact` demands equality to the bit with the truth rounded to the
+    output's type.
+    """
     if not isinstance(got, Tensor):
         return _wrong(output, f"is a {type(got).__name__}, not a tensor")
     if got.dtype != expected.dtype:
@@ -177,9 +182,11 @@ class _Errors:
         )
 
     def _limits(self, count: Tensor, energy: Tensor, freedom: Tensor, sources: Tensor) -> Tensor:
-        """Largest allowed sum of squared errors of groups: `energy` [2, groups], independent and shared.
+        """Largest allowed sum of squared errors of groups: `energy` [2, groups], independent and
+        shared.
 
-        Shared errors: the bound of Laurent and Massart on a chi-square, or, if lower, every one of the
+        Shared errors: the bound of Laurent and Massart on a chi-square, or, if lower, every one
+        of the
         `sources` roundings as large as it can be and all of them parallel.
         """
         limit = (_GROUP + _GROUP_SPREAD / count.double().sqrt()).square()

@@ -14,14 +14,19 @@ from .numerics import Uncertain
 class Expected:
     """The true value of one output with the error that a correct kernel may make.
 
-    A vector is a line of the output along `vector_dim`: a row of Y, one (expert, rank) line of dA or dB.
+    A vector is a line of the output along `vector_dim`: a row of Y, one (expert, rank) line of dA
+    or dB.
 
     value: fp64, in the shape of the output. model: same shape, its variances. dtype: of the output.
-    expert: int64, the owner of each vector (any shape that flattens to the number of vectors), `experts` for
-    vectors that belong to none. sources: per vector, how many independently rounded operand elements its
-    shared error comes from. freedom: per vector, the degrees of freedom of the norm of its shared error, `sources`
+    expert: int64, the owner of each vector (any shape that flattens to the number of vectors),
+    `experts` for
+    vectors that belong to none. sources: per vector, how many independently rounded operand
+    elements its
+    shared error comes from. freedom: per vector, the degrees of freedom of the norm of its shared
+    error, `sources`
     unless stated. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
-    is the sum of, each judged by its fitted slope. coupled: whether shared errors are common to one vector or
+    is the sum of, each judged by its fitted slope. coupled: whether shared errors are common to
+    one vector or
     to all vectors of an expert.
     """
 
@@ -44,7 +49,9 @@ class Expected:
         return moved.reshape(-1, moved.shape[-1])
 
     def weakest_share(self) -> tuple[str, float]:
-        """The term that carries the least of the output's norm, and its share; ("", 1) without terms."""
+        """The term that carries the least of the output's norm, and its share; ("", 1) without
+        terms.
+        """
         norm = float(torch.linalg.vector_norm(self.value))
         shares = {
             name: float(torch.linalg.vector_norm(term)) / norm if norm else 1.0

@@ -1,11 +1,14 @@
 """Poisoned outputs and guard bands around every buffer.
 
-While `Guards` is active, every tensor that torch allocates through the dispatcher (empty, empty_like, zeros,
-...) is a view into a larger buffer: the interior starts as NaN (integers: 1), and bands on both sides hold a
-pattern that must still be there afterwards. The mode travels with autograd into its backward threads.
+While `Guards` is active, every tensor that torch allocates through the dispatcher (empty, zeros,
+new_empty, ...) is a view into a larger buffer: the interior starts as NaN (integers: 1), and bands
+on both sides hold a pattern that must still be there afterwards. The mode travels with autograd
+into its backward threads.
+
 `shelter` gives inputs the same bands, and reports afterwards whether anything in them changed.
 
-Floating-point bands are NaN to whoever reads them, with a payload that arithmetic does not produce; integer
+Floating-point bands are NaN to whoever reads them, with a payload that arithmetic does not
+produce; integer
 bands hold 1, so that an index read past the end is wrong but never wild.
 """
 
@@ -97,7 +100,9 @@ def _banded(
     device: torch.device,
     lead: int = 0,
 ) -> tuple[Tensor, Region]:
-    """A poisoned tensor between two bands; `lead` bytes move its start off the allocator's alignment."""
+    """A poisoned tensor between two bands; `lead` bytes move its start off the allocator's
+    alignment.
+    """
     width = _span(size, stride) * dtype.itemsize
     total = _BAND + lead + width + _BAND
     total += -total % 16
@@ -184,7 +189,7 @@ def shelter(inputs: Inputs) -> Shelter:
         tensors[name] = tensor
         if not _guardable(tensor):
             continue
-        lead = tensor.storage_offset() * tensor.itemsize % _BAND
+        lead = int(tensor.storage_offset()) * tensor.itemsize % _BAND
         guarded, region = _banded(
             f"input {name}", tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, lead
         )

@@ -1,9 +1,12 @@
 """Inputs of a case: seeded, balanced, already rounded to their storage types.
 
-balanced   base, LoRA and bias terms of unit variance each, so that no error in one hides behind another
+balanced   base, LoRA and bias terms of unit variance each, so that no error in one hides behind
+another
 lora-only  weight and bias are zero: the LoRA part is judged alone
-exact      sparse small integers; every partial sum is exact in fp32 and every stored intermediate exact in
-           16 bits, so that a correct kernel equals the reference bit for bit, however it tiles the sums
+exact      sparse small integers; every partial sum is exact in fp32 and every stored intermediate
+exact in
+           16 bits, so that a correct kernel equals the reference bit for bit, however it tiles the
+           sums
 """
 
 from collections.abc import Mapping
@@ -32,8 +35,10 @@ _EXACT_RANKS = 4  # ranks per element of (X A^T) B^T that are not zero
 class Inputs:
     """The tensors of one case in one dtype.
 
-    Linear problems hold: top_k_index int64 [T, k]; x and dy in the row orders of the case; weight [E, K, N];
-    bias [E, N] where the case has one; lora_a [E, R, K], lora_b [E, N, R]; gates fp32 [T, k] where the case is gated.
+    Linear problems hold: top_k_index int64 [T, k]; x and dy in the row orders of the case; weight
+    [E, K, N];
+    bias [E, N] where the case has one; lora_a [E, R, K], lora_b [E, N, R]; gates fp32 [T, k] where
+    the case is gated.
     """
 
     case: Case
@@ -88,7 +93,7 @@ def make_inputs(
     generator = torch.Generator(device=device).manual_seed(seed + 1)
     source = _Exact(generator, device) if mode == "exact" else _Normal(generator, device)
     scaling = _EXACT_SCALING if mode == "exact" else case.scaling
-    tensors = source.linear(case, scaling)
+    tensors = source.linear(case)
     if case.family and mode != "exact":
         real = captured(case, seed)
         top_k_index = real.top_k_index
@@ -147,7 +152,7 @@ class _Normal:
         value = torch.randn(shape, generator=self.generator, device=self.device)
         return value.mul_(scale)
 
-    def linear(self, case: Case, scaling: float) -> dict[str, Tensor]:
+    def linear(self, case: Case) -> dict[str, Tensor]:
         experts, k_in, n_out, rank = case.experts, case.k_in, case.n_out, case.rank
         x = self._draw(rows_of(case, case.source), k_in)
         if case.values == "offset":
@@ -158,7 +163,7 @@ class _Normal:
             "weight": self._draw(experts, k_in, n_out, scale=k_in**-0.5),
             "bias": self._draw(experts, n_out, scale=_BIAS),
             "lora_a": self._draw(experts, rank, k_in, scale=k_in**-0.5),
-            "lora_b": self._draw(experts, n_out, rank, scale=rank**-0.5 / abs(scaling)),
+            "lora_b": self._draw(experts, n_out, rank, scale=rank**-0.5 / abs(case.scaling)),
             "dy": self._draw(rows_of(case, case.dy_order), n_out),
             "gates": gates.add_(0.25),
         }
@@ -176,7 +181,9 @@ class _Exact:
         return (sign * size).float()
 
     def _sparse(self, *shape: int, terms: int, edge: bool) -> Tensor:
-        """+-1 at up to `terms` places of the last dimension; the last place among them if `edge`."""
+        """+-1 at up to `terms` places of the last dimension; the last place among them if
+        `edge`.
+        """
         keys = torch.rand(shape, generator=self.generator, device=self.device)
         if edge:
             keys[..., -1:] = 2.0
@@ -184,7 +191,7 @@ class _Exact:
         values = torch.zeros(shape, device=self.device)
         return values.scatter_(-1, places, self._integers(*places.shape, limit=1))
 
-    def linear(self, case: Case, scaling: float) -> dict[str, Tensor]:
+    def linear(self, case: Case) -> dict[str, Tensor]:
         experts, k_in, n_out, rank = case.experts, case.k_in, case.n_out, case.rank
         terms = min(_EXACT_TERMS, k_in)
         ranks = min(_EXACT_RANKS, rank)

@@ -1,6 +1,7 @@
 """The error a correct kernel may make: each pipeline as a straight line of `Uncertain` arithmetic.
 
-A model says where a pipeline rounds, and nothing else; its value must equal the truth of `references`.
+A model says where a pipeline rounds, and nothing else; its value must equal the truth of
+`references`.
 Rows are the kept rows in expert order; `Groups` places them.
 """
 
@@ -36,7 +37,8 @@ class Arithmetic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One routed LoRA product: x [kept, K], weight [E, K, N], down [E, K, R], up [E, R, N], bias [E, N].
+    """One routed LoRA product: x [kept, K], weight [E, K, N], down [E, K, R], up [E, R, N], bias
+    [E, N].
 
     gates: [kept]. The input gradient is the same product of dy, the transposed weight and factors.
     """
@@ -170,9 +172,7 @@ def weight_gradients(
     backward = Linear.input_grad(inputs, groups, once)
     found = gradients_of(forward, backward, gates)
     step = inputs.dtype if arithmetic.rounds is Rounds.PER_STEP else None
-    da, db = (
-        found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b")
-    )
+    da, db = (found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b"))
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
     return {
         "da": (da, _gram_freedom(yb, forward.x, groups)),
@@ -180,13 +180,11 @@ def weight_gradients(
     }
 
 
-def gradients_of(
-    forward: Linear, backward: Linear, gates: Tensor | None
-) -> dict[str, Uncertain]:
-    """lora_a [E, R, K] = (g yb)^T x and lora_b [E, N, R] = dy^T (g t), from a product and its gradient.
+def gradients_of(forward: Linear, backward: Linear, gates: Tensor | None) -> dict[str, Uncertain]:
+    """lora_a [E, R, K] = (g yb)^T x and lora_b [E, N, R] = dy^T (g t) of a product.
 
-    t and yb are rounded to the activations' type, as operands or in memory; with gates [kept] once more,
-    after g. The results are rounded to the same type when they are stored.
+    t and yb are rounded to the activations' type, as operands or in memory; with gates [kept] once
+    more, after g. The results are rounded to the same type when they are stored.
     """
     yb = _gated_rows(backward.low_rank(), gates, forward.dtype)
     t = _gated_rows(forward.low_rank(), gates, forward.dtype)
@@ -232,6 +230,8 @@ def _factors(inputs: Inputs) -> tuple[Uncertain, Uncertain]:
 
 
 def _read_as(factor: Uncertain, dtype: torch.dtype) -> Uncertain:
-    """A factor rounded on its way into a kernel; the rounding is known, but not part of the truth."""
+    """A factor rounded on its way into a kernel; the rounding is known, but not part of the
+    truth.
+    """
     rounded = factor.rounded(dtype)
     return Uncertain(factor.value, rounded.local, rounded.shared, rounded.drift)

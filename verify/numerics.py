@@ -1,14 +1,15 @@
 """Numbers that carry the error a correct kernel may make.
 
-`Uncertain` holds a value in fp64 and the variance that correct arithmetic in the kernel's precision leaves on
-it, in three parts that behave differently when errors are averaged:
+`Uncertain` holds a value in fp64 and the variance that correct arithmetic in the kernel's precision
+leaves on it, in three parts that behave differently when errors are averaged:
 
     local    rounding of this very element: independent from element to element
-    shared   rounding of an operand that many elements share (the rank-R intermediate, an activation)
-    drift    fp32 accumulation, which tensor cores bias toward zero: its errors may all point one way
+    shared   rounding of an operand that many elements share: the rank-R intermediate, activations
+    drift    fp32 accumulation; tensor cores bias it toward zero, so errors may all point one way
 
-A reference is then a straight line of products, sums and `rounded(dtype)` where the kernel stores or casts:
-the expected error of every output follows from the arithmetic, and no tolerance is written anywhere.
+A reference is then a straight line of products, sums and `rounded(dtype)` where the kernel stores
+or casts: the expected error of every output follows from the arithmetic, and no tolerance is
+written anywhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,12 @@ _FUNCTION_EPSILON = 2.0**-21
 
 
 def accumulation_epsilon(length: int) -> float:
-    """Relative error allowed to an fp32 accumulation of `length` products, tensor cores included."""
+    """Relative error allowed to fp32 sums of `length` products, tensor cores included."""
     return 4e-9 * length + 1e-7
 
 
 def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbouring numbers of `dtype` at `value` (fp64), subnormal range included."""
+    """Distance between neighbouring numbers of `dtype` at `value` (fp64), subnormals included."""
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     _, exponent = torch.frexp(value)
@@ -54,7 +55,7 @@ def truncated_to_tf32(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """A tensor with the variance of a correct result: in its shape, or a scalar zero where it is exact."""
+    """A tensor and the variance of a correct result: in its shape, or a scalar zero if exact."""
 
     value: Tensor
     local: Tensor
@@ -83,8 +84,8 @@ class Uncertain:
     def truncated(self) -> "Uncertain":
         """Read as a tf32 operand.
 
-        A value that is itself uncertain may fall on the other side of a step: that moves it by one step with
-        probability (error / step), a variance of error x step.
+        A value that is itself uncertain may fall on the other side of a step: that moves it by
+        one step with probability (error / step), a variance of error x step.
         """
         value = truncated_to_tf32(self.value)
         error = self.variance
@@ -126,7 +127,7 @@ class Uncertain:
         return self.rearranged(lambda tensor: tensor[index])
 
     @property
-    def mT(self) -> "Uncertain":
+    def mT(self) -> "Uncertain":  # noqa: N802 - as torch has it
         """Last two dimensions exchanged."""
         return self.rearranged(lambda tensor: tensor.mT)
 
@@ -140,7 +141,9 @@ class Uncertain:
 
 
 def matmul(left: Uncertain, right: Uncertain) -> Uncertain:
-    """left [m, k] times right [k, n], accumulated in fp32: rounding of the operands becomes shared error."""
+    """left [m, k] times right [k, n], accumulated in fp32: rounding of the operands becomes
+    shared error.
+    """
     length = left.value.shape[-1]
     left_value, right_value = left.value.double(), right.value.double()
     value = left_value @ right_value
@@ -154,7 +157,9 @@ def matmul(left: Uncertain, right: Uncertain) -> Uncertain:
 
 
 def routed_product(x: Uncertain, weight: Uncertain, groups: Sequence[slice]) -> Uncertain:
-    """Rows of x [rows, k] times weight [experts, k, n] of their expert; rows of no group stay zero."""
+    """Rows of x [rows, k] times weight [experts, k, n] of their expert; rows of no group stay
+    zero.
+    """
     live = [(e, rows) for e, rows in enumerate(groups) if rows.stop > rows.start]
     parts = (matmul(x[rows], weight[e]) for e, rows in live)
     shape = (x.value.shape[0], weight.value.shape[-1])
@@ -178,7 +183,8 @@ def column_sums(x: Uncertain, groups: Sequence[slice]) -> Uncertain:
 def freedom(variance: Tensor, right: Tensor) -> Tensor:
     """Degrees of freedom of ||sum_k d[i, k] right[k]||^2 for independent d of these variances: [m].
 
-    variance [m, k], right [k, n]. It is k for orthogonal lines of `right` and 1 for parallel ones: then all
+    variance [m, k], right [k, n]. It is k for orthogonal lines of `right` and 1 for parallel ones:
+    then all
     errors push the whole vector one way, and its norm varies as much as a single number.
     """
     gram_square = (right @ right.mT).square()
@@ -235,9 +241,11 @@ def _zero(like: Tensor) -> Tensor:
 def elementwise(
     function: Callable[..., Tensor], *operands: Uncertain, scale: Tensor | None = None
 ) -> Uncertain:
-    """function of operands of one shape, elementwise; errors carried to first order, operands independent.
+    """function of operands of one shape, elementwise; errors carried to first order, operands
+    independent.
 
-    scale: size of the largest intermediate that an fp32 evaluation of the function goes through, where it
+    scale: size of the largest intermediate that an fp32 evaluation of the function goes through,
+    where it
     cancels; that of the value unless stated.
     """
     leaves = [operand.value.double().detach().requires_grad_() for operand in operands]

@@ -1,7 +1,9 @@
 """Records: what a command found, on which machine, of which sources, as one JSON file.
 
-Keys common to all: schema, command, environment, seed, started, seconds, fingerprint, summary. A record is
-written whole each time, through a temporary file, so that an interrupted run leaves a readable one with
+Keys common to all: schema, command, environment, seed, started, seconds, fingerprint, summary. A
+record is
+written whole each time, through a temporary file, so that an interrupted run leaves a readable
+one with
 summary.complete false.
 """
 
@@ -23,7 +25,9 @@ _INTERVAL = 10.0
 
 
 class Recorder:
-    """Collects what a command finds and keeps its file up to date; `path` None keeps it in memory."""
+    """Collects what a command finds and keeps its file up to date; `path` None keeps it in
+    memory.
+    """
 
     def __init__(
         self,
@@ -88,7 +92,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def fingerprints(package: Path, kernels: Iterable[KernelSpec]) -> dict[str, str]:
-    """Kernel -> hash of the code that it runs: its module and all that this imports from the package.
+    """Kernel -> hash of the code that it runs: its module and all that this imports from the
+    package.
 
     Comments, docstrings and formatting do not count.
     """

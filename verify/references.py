@@ -1,6 +1,7 @@
 """The truth: eager, expert by expert, in fp64; its gradients come from autograd.
 
-Nothing here comes from the package under test: rows are grouped by comparing ids, and `Groups` knows the row
+Nothing here comes from the package under test: rows are grouped by comparing ids, and `Groups`
+knows the row
 orders by their names. Written to be read, not to be fast.
 """
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Who works on what: the kept slots sorted by expert, ties in slot order, and where each expert starts.
+    """Who works on what: the kept slots sorted by expert, ties in slot order, and where each
+    expert starts.
 
     slots: int64 [kept]. bounds: [experts + 1]. Slots of no expert are not among them.
     """
@@ -89,7 +91,8 @@ def expert_linear(
 ) -> Tensor:
     """y[i] = g[i] (x[i] W[e] + s (x[i] A[e]^T) B[e]^T + b[e]), fp64 [rows, N] in `target` order.
 
-    Of x, weight, lora_a, lora_b, bias and gates, those present in `tensors` take part; gates [T, k].
+    Of x, weight, lora_a, lora_b, bias and gates, those present in `tensors` take part; gates [T,
+    k].
     """
     x = tensors["x"]
     rows = groups.places(source)
@@ -122,7 +125,9 @@ def linear_gradients(
     dy_order: str = "",
     parts: tuple[str, ...] = ("base", "lora", "bias"),
 ) -> dict[str, Tensor]:
-    """Gradients of sum(y * dy) for the tensors named in `wanted`, fp64; dy in `dy_order` or that of y."""
+    """Gradients of sum(y * dy) for the tensors named in `wanted`, fp64; dy in `dy_order` or that
+    of y.
+    """
     leaves = {name: tensors[name].double().requires_grad_() for name in wanted}
     y = expert_linear(
         {**tensors, **leaves}, groups, scaling=scaling, source=source, target=target, parts=parts
@@ -143,7 +148,9 @@ def row_gradients(
     order: str,
     parts: tuple[str, ...] = ("base", "lora"),
 ) -> Tensor:
-    """Gradient of x for every routed row apart, before the rows of a token are summed: [rows, K] in `order`."""
+    """Gradient of x for every routed row apart, before the rows of a token are summed: [rows, K]
+    in `order`.
+    """
     k_in = tensors["weight"].shape[1]
     rows = {**tensors, "x": tensors["weight"].new_zeros((groups.rows, k_in))}
     found = linear_gradients(
@@ -157,7 +164,8 @@ def row_gradients(
 class GatedActivation:
     """f(gate, up) = (up + shift) s(gate): s is a sigmoid(alpha a), or tanh-GELU where `tanh`.
 
-    limit clips gate from above and up on both sides. interleaved: gate and up alternate in h, else halves.
+    limit clips gate from above and up on both sides. interleaved: gate and up alternate in h,
+    else halves.
     """
 
     tanh: bool = False
@@ -186,7 +194,8 @@ def experts_mlp(
 ) -> Tensor:
     """out[t] = sum over j of g[t, j] MLP_e(x[t]): fp64 [tokens, H].
 
-    tensors: x [T, H], gates [T, k], and of each projection p in (up, down): weight_p, and as far as present
+    tensors: x [T, H], gates [T, k], and of each projection p in (up, down): weight_p, and as far as
+    present
     lora_a_p, lora_b_p, bias_p.
     """
 

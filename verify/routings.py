@@ -1,7 +1,8 @@
 """Routings to test with: a kind and a few integers, expanded by a seeded generator.
 
-Every kind is one function (draw, *parameters) -> top_k_index int64 [tokens, top_k]. Kinds that fix the
-number of rows per expert deal the wanted counts out over the slots; a token may then choose an expert twice.
+Every kind is one function (draw, *parameters) -> top_k_index int64 [tokens, top_k]. Kinds that fix
+the number of rows per expert deal the wanted counts out over the slots; a token may then choose an
+expert twice.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,9 @@ def _none(draw: Draw) -> Tensor:
 
 
 def _dealt(draw: Draw, counts: list[int]) -> Tensor:
-    """Slots in random order, `counts[e]` of them for expert e; the last non-empty one takes what is left."""
+    """Slots in random order, `counts[e]` of them for expert e; the last non-empty one takes what
+    is left.
+    """
     experts = torch.arange(draw.experts).repeat_interleave(torch.tensor(counts))[: draw.rows]
     if experts.numel() < draw.rows:
         last = max((e for e, count in enumerate(counts) if count), default=0)

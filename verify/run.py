@@ -31,9 +31,9 @@ _DRAWS = 8
 class Outcome:
     """What came of one check.
 
-    status: passed, failed, error or unavailable. ratio: worst error over its limit. measure: whole, expert,
-    row, lora, slope, exact or guard. where: output, expert, row, column, got, want. reason: in words, unless
-    passed. ratios: the worst ratio of each measure.
+    status: passed, failed, error or unavailable. ratio: worst error over its limit. measure: whole,
+    expert, row, lora, slope, exact or guard. where: output, expert, row, column, got, want. reason:
+    in words, unless passed. ratios: the worst ratio of each measure.
     """
 
     kernel: str
@@ -69,7 +69,9 @@ class Outcome:
 
 
 class Workbench:
-    """What problems of one run share: routings are built once per case, under guards, and must not change."""
+    """What problems of one run share: routings are built once per case, under guards, and must
+    not change.
+    """
 
     def __init__(self) -> None:
         self._prepared: dict[tuple[Any, ...], Prepared] = {}
@@ -80,7 +82,14 @@ class Workbench:
             return None
         index = inputs["top_k_index"]
         case = inputs.case
-        key = (lib.__name__, spec.prepare, case.experts, case.drops, inputs.device, index.shape)
+        key: tuple[Any, ...] = (
+            lib.__name__,
+            spec.prepare,
+            case.experts,
+            case.drops,
+            inputs.device,
+            index.shape,
+        )
         key = (*key, bytes(index.cpu().numpy()))
         if key not in self._prepared:
             sheltered = shelter(inputs.only("top_k_index"))
@@ -264,7 +273,9 @@ def check_one(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What to check; an empty tuple means everything. quick: the quick plans and small cases only."""
+    """What to check; an empty tuple means everything. quick: the quick plans and small cases
+    only.
+    """
 
     kernels: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
@@ -317,7 +328,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def measure_name(comparison: Comparison, mode: str) -> str:
-    """What a comparison measured; with nothing but LoRA in the output, every error is one of LoRA."""
+    """What a comparison measured; with nothing but LoRA in the output, every error is one of
+    LoRA.
+    """
     if mode == "lora-only" and comparison.measure in ("whole", "expert", "row"):
         return "lora"
     return comparison.measure

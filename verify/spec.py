@@ -1,4 +1,6 @@
-"""What verify knows about one kernel. Adding a kernel is one `KernelSpec` in `verify.specs.KERNELS`."""
+"""What verify knows about one kernel. Adding a kernel is one `KernelSpec` in
+`verify.specs.KERNELS`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -68,7 +70,9 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadInput:
-    """A call that must raise `error`, with all of `words` in its message, before anything is launched."""
+    """A call that must raise `error`, with all of `words` in its message, before anything is
+    launched.
+    """
 
     name: str
     call: Callable[[ModuleType, Inputs], object]
@@ -80,16 +84,21 @@ class BadInput:
 class KernelSpec:
     """One kernel, or one pipeline of kernels, and all that is known of it.
 
-    run: (lib, inputs, plan) -> outputs by name; lib is the package under test, which a spec never imports.
+    run: (lib, inputs, plan) -> outputs by name; lib is the package under test, which a spec never
+    imports.
     reference: (inputs, arithmetic) -> what the outputs should be, on the device of the inputs.
-    arithmetic: (lib, inputs, plan) -> how the plan computes; references are shared by plans that agree in it.
+    arithmetic: (lib, inputs, plan) -> how the plan computes; references are shared by plans that
+    agree in it.
     plans: (lib, inputs) -> every path, and the plans worth running on each.
-    cost: (case, dtype) -> (floating-point operations, bytes moved if every operand is touched once).
+    cost: (case, dtype) -> (floating-point operations, bytes moved if every operand is touched
+    once).
     modes: input modes that make sense. inputs: (case, dtype, mode, device, seed=) -> Inputs.
     ops: public operations of the package that this entry covers. source: module path of its kernel.
-    thrift: of the cases that are not smoke cases, the quick selection takes every `thrift`-th: pipelines of
+    thrift: of the cases that are not smoke cases, the quick selection takes every `thrift`-th:
+    pipelines of
     kernels that have entries of their own need fewer.
-    prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is a kernel of
+    prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is
+    a kernel of
     its own with its own entry. None where run builds everything.
     """
 
@@ -115,7 +124,8 @@ class KernelSpec:
     def runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
         """Every (dtype, mode) in which a case is worth running.
 
-        Exact arithmetic needs no model of errors: it is for small cases. The LoRA part alone adds little where
+        Exact arithmetic needs no model of errors: it is for small cases. The LoRA part alone adds
+        little where
         the slope of the LoRA term is judged anyway: it runs on the smoke and the timed model cases.
         """
         tags = case.tags
@@ -129,18 +139,22 @@ class KernelSpec:
         return tuple((dtype, mode) for dtype in self.dtypes for mode in modes)
 
     def quick_runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
-        """All runs of a smoke case; of others one balanced run, and every third time an exact one.
+        """Of a smoke case every dtype and every mode; of others one balanced run, or an exact one
+        too.
 
-        The dtype goes round from case to case, so that every dtype meets every kind of boundary somewhere.
+        Where one dtype is enough it goes round from case to case, so that every dtype meets every
+        kind of
+        boundary somewhere.
         """
-        if "smoke" in case.tags:
-            return self.runs(case)
         place = self.cases.index(case)
-        if place % self.thrift:
+        smoke = "smoke" in case.tags
+        if place % self.thrift and not smoke:
             return ()
         turn = place // self.thrift + len(self.name)
-        dtypes = self.dtypes
-        runs = [(dtypes[turn % len(dtypes)], "balanced")]
-        if turn % 3 == 0:
-            runs.append((dtypes[(turn // 3) % len(dtypes)], "exact"))
-        return tuple(run for run in runs if run[1] in self.modes)
+        dtype, other = (self.dtypes[(turn + step) % len(self.dtypes)] for step in (0, 1))
+        if smoke and self.thrift == 1:
+            runs = [(each, "balanced") for each in self.dtypes]
+            runs += [(dtype, "exact"), (other, "lora-only")]
+        else:
+            runs = [(dtype, "balanced"), *([(other, "exact")] if turn % 3 == 0 else [])]
+        return tuple(run for run in runs if run in self.runs(case))

@@ -1,4 +1,6 @@
-"""Hypothesis strategies over cases: a kind of routing and a few integers, so that failures shrink well."""
+"""Hypothesis strategies over cases: a kind of routing and a few integers, so that failures shrink
+well.
+"""
 
 from hypothesis import strategies as st
 

@@ -1,6 +1,7 @@
 """Every kernel, path, case and dtype against the truth."""
 
 import argparse
+import os
 import time
 
 import torch
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
     add_selection(parser)
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes; on a CPU one per core, on a GPU one"
+    )
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
         "--quick", action="store_true", help="small cases, each in one dtype (default on a CPU)"
@@ -35,6 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     device = prepare(arguments.device)
     from ..environment import environment
     from ..inputs import DTYPES, MODES
+    from ..parallel import checked
     from ..records import Recorder, fingerprints
     from ..report import print_report
     from ..run import Selection
@@ -58,6 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     problems = selection.problems(lib, KERNELS, device)
+    workers = arguments.workers or (os.cpu_count() or 1 if device.type == "cpu" else 1)
     recorder = Recorder(
         arguments.json,
         command="check",
@@ -79,13 +85,13 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("checking", total=len(problems))
-            for problem in problems:
-                progress.update(task, description=f"{problem.spec.name} {problem.case.name}")
-                for outcome in problem.check(selection.wants):
+            for problem, outcomes in checked(problems, selection, workers=workers):
+                for outcome in outcomes:
                     recorder.add(outcome)
                     if not outcome.ok:
                         progress.console.print(str(outcome), style="red", markup=False)
-                progress.advance(task)
+                name = f"{problem.spec.name} {problem.case.name}"
+                progress.update(task, description=name, advance=1)
         complete = True
     finally:
         recorder.write(complete=complete)

@@ -1,4 +1,6 @@
-"""Calls that must be refused before anything is launched, as data; numbers are those of the first case."""
+"""Calls that must be refused before anything is launched, as data; numbers are those of the first
+case.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,7 +28,9 @@ def refused(run: Run, name: str, change: Change, error: type[Exception], *words:
 
 
 def row_operand(run: Run, name: str, width: str = "96") -> tuple[BadInput, ...]:
-    """A row operand of 37 tokens that is not what it should be; `width` is what its width must be."""
+    """A row operand of 37 tokens that is not what it should be; `width` is what its width must
+    be.
+    """
     narrow = str(int(width) - 1)
     return (
         refused(

@@ -1,4 +1,6 @@
-"""What the specs share: building the package's values from inputs, plans, groups of outputs, costs."""
+"""What the specs share: building the package's values from inputs, plans, groups of outputs,
+costs.
+"""
 
 import importlib
 from collections.abc import Mapping
@@ -69,7 +71,8 @@ def plans_of(
 ) -> tuple[NamedPlan, ...]:
     """Every path of an operation with the heuristic's tiles, then every candidate plan.
 
-    On a GPU fp32 problems run with IEEE and with tf32 products. grouped_mm: whether the operands fit
+    On a GPU fp32 problems run with IEEE and with tf32 products. grouped_mm: whether the operands
+    fit
     torch._grouped_mm; where they do not, its plans are named and not run.
     """
     module = submodule(lib, "plan")
@@ -99,7 +102,9 @@ def plans_of(
 def product_plans(
     lib: ModuleType, operation: str, x: Tensor, weight: Tensor, inputs: Inputs, rank: int = 0
 ) -> tuple[NamedPlan, ...]:
-    """Plans of a routed product of x [., K] with weight [E, K, N]; rank is that of the adapter, if any."""
+    """Plans of a routed product of x [., K] with weight [E, K, N]; rank is that of the adapter,
+    if any.
+    """
     checks = submodule(lib, "ops._check")
     problem = lib.Problem(
         operation=lib.Operation(operation),
@@ -154,8 +159,10 @@ def row_expected(
 ) -> Expected:
     """An output with one row per routed row, of which `model` holds the kept ones in expert order.
 
-    truth, terms: [rows, .] in `target` order; without a truth the value is the model's (tf32 operands).
-    sources: rounded operand elements behind one row, the rank unless stated. freedom: [kept], of their effect
+    truth, terms: [rows, .] in `target` order; without a truth the value is the model's (tf32
+    operands).
+    sources: rounded operand elements behind one row, the rank unless stated. freedom: [kept], of
+    their effect
     on a row; as many as sources unless stated.
     """
     placed = model.rearranged(lambda part: groups.spread(part, target))
@@ -188,7 +195,8 @@ def expert_expected(
 ) -> Expected:
     """A gradient [experts, ...] whose vectors are summed over the rows of their expert.
 
-    sources: roundings behind one row's operand element. freedom: per vector; the rows unless stated.
+    sources: roundings behind one row's operand element. freedom: per vector; the rows unless
+    stated.
     """
     value = model.value if truth is None else truth
     vectors = value.numel() // max(value.shape[vector_dim], 1) // max(groups.experts, 1)

@@ -101,14 +101,23 @@ def _rows_expected(inputs: Inputs, model: Uncertain, dtype: torch.dtype) -> Expe
 
 def glu(h: Uncertain, activation: GatedActivation) -> Uncertain:
     """act [., I] of h [., 2 I], not yet rounded."""
-    gate, up = (h.rearranged(lambda part, i=i: activation.halves(part)[i]) for i in (0, 1))
+    gate, up = _halves(h, activation)
     return elementwise(activation, gate, up, scale=_sizes(activation, gate, up)[0])
+
+
+def _halves(h: Uncertain, activation: GatedActivation) -> tuple[Uncertain, Uncertain]:
+    return (
+        h.rearranged(lambda part: activation.halves(part)[0]),
+        h.rearranged(lambda part: activation.halves(part)[1]),
+    )
 
 
 def _sizes(
     activation: GatedActivation, gate: Uncertain, up: Uncertain
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes of the value and of its derivatives by gate and up, without the cancellation in them."""
+    """Sizes of the value and of its derivatives by gate and up, without the cancellation in
+    them.
+    """
     a = gate.value.double().clamp(max=activation.limit).abs()
     u = up.value.double().clamp(-activation.limit, activation.limit).abs() + activation.shift
     return a * (1 + a) * u, (1 + a).square() * u, a * (1 + a)
@@ -125,7 +134,7 @@ def glu_gradient(
             (slope,) = torch.autograd.grad(value.sum(), (gate, up)[index], create_graph=True)
             return gates[:, None] * d * slope
 
-        halves = [h.rearranged(lambda part, i=i: activation.halves(part)[i]) for i in (0, 1)]
+        halves = _halves(h, activation)
         size = _sizes(activation, *halves)[1 + index]
         factor = (gates[:, None] * dact.value.double()).abs()
         found = elementwise(function, *halves, dact, scale=size * factor)

@@ -84,7 +84,8 @@ def _run_expert_bias_grad(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping
 def _saved(
     case: Case, dtype: torch.dtype, mode: str, device: torch.device, *, seed: int = 0
 ) -> Inputs:
-    """Inputs with xa = s x A^T and yb = s dy B as a right forward and backward product would have stored them.
+    """Inputs with xa = s x A^T and yb = s dy B as a right forward and backward product would have
+    stored them.
 
     Dropped rows of both are NaN: nothing may read them.
     """

@@ -1,7 +1,7 @@
 """The expert MLP `layers.experts_mlp`: its value and every gradient in one run.
 
-A case is read as hidden width k_in and intermediate width n_out // 2; gate_up is [E, k_in, n_out], down is
-[E, n_out // 2, k_in].
+A case is read as hidden width k_in and intermediate width n_out // 2; gate_up is [E, k_in, n_out],
+down is [E, n_out // 2, k_in].
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,9 @@ def _inputs(
 
 
 def _projection(inputs: Inputs, name: str, **rows: Tensor) -> Inputs:
-    """One projection of a layer as a linear problem; `rows` are its x and dy in their own orders."""
+    """One projection of a layer as a linear problem; `rows` are its x and dy in their own
+    orders.
+    """
     suffix = f"_{name}"
     own = {k.removesuffix(suffix): v for k, v in inputs.tensors.items() if k.endswith(suffix)}
     kept = {"top_k_index": inputs["top_k_index"], **own, **rows}

@@ -110,10 +110,9 @@ def _total(terms: Mapping[str, Tensor]) -> Tensor:
 
 
 def _low_rank(inputs: Inputs, model: Linear, truth: Tensor | None) -> Expected:
-    expected = row_expected(
+    return row_expected(
         inputs, model.groups, model.low_rank(), "EXPERT", truth=truth, sources=inputs.case.k_in
     )
-    return expected
 
 
 def _reference_scatter2scatter(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:

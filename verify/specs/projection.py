@@ -1,4 +1,6 @@
-"""The differentiable projection `autograd.expert_linear`: its value and every gradient in one run."""
+"""The differentiable projection `autograd.expert_linear`: its value and every gradient in one
+run.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,7 +36,9 @@ from .common import (
 
 
 def _cases() -> tuple[Case, ...]:
-    """Gates sum over the choices of a token: the target is SLOT and the gradient comes per token."""
+    """Gates sum over the choices of a token: the target is SLOT and the gradient comes per
+    token.
+    """
     small = [case for case in CASES if "model" not in case.tags]
     gated = [replace(case, target="SLOT", gradient="TOKEN") for case in small if case.gated]
     return tuple([replace(case, gradient="") for case in small if not case.gated] + gated)
