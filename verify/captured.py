@@ -74,6 +74,8 @@ def capture(
         "max_position_embeddings": max(tokens, 16),
         "attn_implementation": "eager",
         "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
     configurations = {
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(

@@ -52,9 +52,12 @@ def print_report(console: Console, outcomes: Sequence[Outcome], *, seconds: floa
     console.print(results_table(outcomes))
     for line in failure_lines(outcomes):
         console.print(Text(line, style="red"), soft_wrap=True)
-    unavailable = {o.reason: o for o in outcomes if o.status == "unavailable"}
-    for reason, outcome in unavailable.items():
-        console.print(Text(f"not run: {outcome.kernel} [{outcome.path}]: {reason}", style="dim"))
+    unavailable = [outcome for outcome in outcomes if outcome.status == "unavailable"]
+    for reason in dict.fromkeys(outcome.reason for outcome in unavailable):
+        mine = [o for o in unavailable if o.reason == reason]
+        names = dict.fromkeys(f"{o.kernel} [{o.path}]" if o.path else o.kernel for o in mine)
+        text = f"not run ({len(mine)}): {', '.join(names)}: {reason}"
+        console.print(Text(text, style="dim"), soft_wrap=True)
     failed = sum(not outcome.ok for outcome in outcomes)
     passed = sum(outcome.status == "passed" for outcome in outcomes)
     verdict = f"{failed} failed" if failed else "all passed"
