@@ -131,7 +131,9 @@ def is_fixed(spec: KernelSpec, device: torch.device) -> bool:
     return False
 
 
-def plan_pool(lib: ModuleType, spec: KernelSpec, device: torch.device) -> list[dict[str, Any]]:
+def plan_pool(
+    lib: ModuleType, spec: KernelSpec, device: torch.device, *, most: int = _PLANS_PER_PATH
+) -> list[dict[str, Any]]:
     """The plans that a campaign draws from: a bounded set per dtype and path, found on a few
     cases.
     """
@@ -144,7 +146,7 @@ def plan_pool(lib: ModuleType, spec: KernelSpec, device: torch.device) -> list[d
             if known is not None:
                 known["unavailable"] = known["unavailable"] and plan.unavailable
                 continue
-            if sizes.get(key[:2], 0) >= _PLANS_PER_PATH:
+            if 0 < most <= sizes.get(key[:2], 0):
                 continue
             sizes[key[:2]] = sizes.get(key[:2], 0) + 1
             pool[key] = {

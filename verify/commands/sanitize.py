@@ -1,0 +1,112 @@
+"""Kernels under compute-sanitizer: memory, races, uninitialised reads, barriers."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from .common import _words, add_common, check_names, package, prepare, source_directory
+
+_CANNOT = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    parser.add_argument(
+        "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
+    )
+    parser.add_argument(
+        "--tools", type=_words, default=(), metavar="A,B", help="all, unless stated"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
+    parser.add_argument("--minutes", type=float, help="start no batch after so long")
+    parser.add_argument("--batch", type=int, default=100, help="launches per process")
+    parser.add_argument("--tree", type=Path, metavar="DIR", help="another copy of the package")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """1 if a tool reports something, 2 if nothing can be run here."""
+    device = prepare(arguments.device)
+    from ..environment import environment
+    from ..fuzz_worker import is_fixed, plan_pool
+    from ..records import Recorder, fingerprints
+    from ..run import Outcome
+    from ..sanitize import TOOLS, Sanitizer, jobs_of, open_jobs, tool_path, unavailable
+    from ..specs import KERNELS
+
+    check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
+    check_names("tools", arguments.tools, TOOLS)
+    kernels = [
+        spec for spec in KERNELS if spec.name in (arguments.kernels or {s.name for s in KERNELS})
+    ]
+    tree = arguments.tree.resolve() if arguments.tree else source_directory()
+    recorder = Recorder(
+        arguments.json,
+        command="sanitize",
+        environment=environment(device),
+        seed=arguments.seed,
+        fingerprint=fingerprints(tree, kernels),
+    )
+    console, tool = Console(), tool_path()
+    reason = unavailable(device, tool)
+    tools = arguments.tools or TOOLS
+    if reason or tool is None:
+        for spec in kernels:
+            for name in tools:
+                recorder.add(
+                    Outcome(
+                        kernel=spec.name, path="", plan="", case="", dtype="", mode=name,
+                        status="unavailable", reason=reason,
+                    )
+                )  # fmt: skip
+        recorder.write(complete=True)
+        console.print(Text(f"unavailable: {reason}", style="yellow"), soft_wrap=True)
+        return _CANNOT
+    pools = {spec.name: plan_pool(package(), spec, device, most=0) for spec in kernels}
+    fixed = [spec.name for spec in kernels if is_fixed(spec, device)]
+    jobs = jobs_of(kernels, pools, fixed, tools)
+    if arguments.resume and arguments.json and arguments.json.is_file():
+        known = json.loads(arguments.json.read_text())
+        if known.get("fingerprint") == recorder.record(complete=False)["fingerprint"]:
+            wanted = {job.key for job in jobs}
+            outcomes = [Outcome(**values) for values in known["outcomes"]]
+            recorder.outcomes += [outcome for outcome in outcomes if outcome.key in wanted]
+    waiting = open_jobs(jobs, recorder.outcomes)
+    sanitizer = Sanitizer(
+        path=tool,
+        device=str(device),
+        tree=str(tree) if arguments.tree else "",
+        batch=arguments.batch,
+    )
+    end = time.monotonic() + 60 * (arguments.minutes or 1e6)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    complete = False
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("sanitizing", total=len(waiting))
+            for outcome in sanitizer.run(waiting):
+                recorder.add(outcome)
+                progress.advance(task)
+                if not outcome.ok:
+                    progress.console.print(str(outcome), style="red", markup=False)
+                if time.monotonic() > end:
+                    break
+            else:
+                complete = True
+    finally:
+        recorder.write(complete=complete)
+    wrong = [outcome for outcome in recorder.outcomes if not outcome.ok]
+    console.print(f"{len(recorder.outcomes)} launches watched, {len(wrong)} with errors")
+    for outcome in wrong:
+        console.print(Text(f"{outcome} (plan {outcome.plan})", style="red"), soft_wrap=True)
+    return int(bool(wrong))
