@@ -6,9 +6,12 @@ from .glu import GLU_BACKWARD, GLU_FORWARD
 from .layer import EXPERTS_MLP
 from .linear import LORA_FORWARD, LORA_INPUT_GRAD, SCATTER2SCATTER, SHRINK
 from .projection import EXPERT_LINEAR
+from .quant import DEQUANTIZE_FOUR_BIT, DEQUANTIZE_SCALED
+from .routing import ROUTING
 from .rows import COMBINE, COMBINE_GRAD, GROUP
 
 KERNELS: tuple[KernelSpec, ...] = (
+    ROUTING,
     SCATTER2SCATTER,
     SHRINK,
     LORA_FORWARD,
@@ -23,4 +26,6 @@ KERNELS: tuple[KernelSpec, ...] = (
     GLU_BACKWARD,
     EXPERT_LINEAR,
     EXPERTS_MLP,
+    DEQUANTIZE_FOUR_BIT,
+    DEQUANTIZE_SCALED,
 )
