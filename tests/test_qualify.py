@@ -1,0 +1,98 @@
+"""Stages: which there are, what is run again, what is said of a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from verify.commands.qualify import too_large
+from verify.qualify import Budget, Qualification, Stage, run_stage, shortcomings, stages_of
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench", "report")
+
+
+@pytest.mark.correctness
+def test_stages_are_the_commands_that_exist_in_order(tmp_path):
+    made = stages_of(tmp_path, device="cuda", known=COMMANDS, budget=Budget(fuzz=2.5), seed=3)
+    assert [stage.name for stage in made] == list(COMMANDS[:-1])
+    fuzz = next(stage for stage in made if stage.name == "fuzz")
+    assert fuzz.words[fuzz.words.index("--minutes") + 1] == "2.5"
+    fewer = stages_of(tmp_path, device="cuda", known=("check", "fuzz"), budget=Budget(), seed=0)
+    assert [stage.name for stage in fewer] == ["check", "fuzz"]
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize(
+    ("capability", "memory", "limit", "words"),
+    [
+        ("7.5", 64, None, "no bf16 tensor cores"),
+        ("8.6", 99, None, "99 KB of shared memory"),
+        ("8.6", 99, None, "no tensor maps"),
+        ("9.0", 227, 99, "99 KB of shared memory"),
+        ("8.0", 163, None, "fp8"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_said(capability, memory, limit, words):
+    facts = {"capability": capability, "shared_memory": memory * 1024}
+    found = shortcomings(facts, shared_memory=limit and limit * 1024)
+    assert any(words in sentence for sentence in found)
+    assert shortcomings({"capability": "9.0", "shared_memory": 227 * 1024}) == []
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_every_plan_fits_the_shared_memory_of_a_small_gpu(kilobytes):
+    assert too_large(kilobytes * 1024, (8, 6)) == []
+    assert too_large(1024, (8, 6)) != []
+
+
+def test_stages_that_passed_are_not_run_again(tmp_path):
+    ran = []
+
+    def qualification(environment: str) -> Qualification:
+        stages = (
+            Stage(name="doctor", words=("doctor", "--json", str(tmp_path / "doctor.json")),
+                  purpose="", accepted=(0, 1)),
+            Stage(name="check", words=("check", "--kernels", "nonsense"), purpose=""),
+        )  # fmt: skip
+        made = Qualification(tmp_path, stages, {"device": environment}, ["slow"], ["tune"])
+        made.resume()
+        made.run(lambda stage: ran.append(stage.name))
+        return made
+
+    first = qualification("a")
+    assert ran == ["doctor", "check"]
+    assert [result.status for result in first.results.values()] == ["passed", "failed"]
+    record = json.loads(first.file.read_text())
+    assert record["summary"] == {
+        "passed": 1, "failed": 1, "unavailable": 0, "waiting": 0, "complete": True,
+    }  # fmt: skip
+    assert (record["cannot"], record["commands_missing"]) == (["slow"], ["tune"])
+    assert "nonsense is none of" in record["stages"][1]["tail"]
+    assert record["records"]["doctor"]["command"] == "doctor"
+    qualification("a")
+    assert ran == ["doctor", "check", "check"]
+    qualification("b")
+    assert ran[3:] == ["doctor", "check"]
+
+
+def test_a_stage_that_cannot_be_run_here_is_no_failure():
+    words = ("sanitize", "--device", "cpu", "--kernels", "glu_forward")
+    result = run_stage(Stage(name="sanitize", words=words, purpose="", unavailable=(2,)))
+    assert result.status == "unavailable"
+    assert "there is none" in result.tail
+
+
+def test_the_command_says_what_it_wrote(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "verify", "qualify", "--device", "cpu", "--stages", "doctor",
+         "--directory", str(tmp_path), "--shared-memory", str(99 * 1024)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "qualify.json").read_text())
+    assert ran.returncode == record["summary"]["failed"]
+    assert str(tmp_path / "qualify.json") in ran.stdout
+    assert "no GPU" in ran.stdout

@@ -1,0 +1,128 @@
+"""Everything, stage by stage, on a GPU that nobody has tried: one file to send back, one to
+commit.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .common import _words, add_common, check_names, package, prepare, source_directory
+
+_STYLES = {"passed": "green", "failed": "bold red", "unavailable": "yellow", "waiting": "dim"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_common(parser)
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("qualify"),
+        help="records; stages that passed stay so",
+    )
+    parser.add_argument("--stages", type=_words, default=(), metavar="A,B", help="only these")
+    parser.add_argument("--again", action="store_true", help="run stages that passed, too")
+    parser.add_argument("--fuzz-minutes", type=float, default=5.0)
+    parser.add_argument("--tune-minutes", type=float, default=8.0)
+    parser.add_argument("--bench-minutes", type=float, default=10.0)
+    parser.add_argument(
+        "--shared-memory",
+        type=int,
+        metavar="BYTES",
+        help="say what a GPU of the same kind with so little could not do, and whether plans fit",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the stages; 1 if one failed."""
+    device = prepare(arguments.device)
+    from ..cli import COMMANDS
+    from ..environment import environment, gpu_directory_name
+    from ..qualify import Budget, Qualification, shortcomings, stages_of
+    from ..records import fingerprints
+    from ..specs import KERNELS
+
+    lib, console = package(), Console()
+    facts = lib.Device.of(device)
+    shown = {
+        "capability": ".".join(map(str, facts.capability)) if device.type == "cuda" else "0.0",
+        "shared_memory": facts.shared_memory,
+    }
+    limits = shortcomings(shown, shared_memory=arguments.shared_memory)
+    if device.type != "cuda":
+        limits = ["no GPU: everything runs in Triton's interpreter, and no time means anything"]
+    if arguments.shared_memory:
+        limits += too_large(arguments.shared_memory, facts.capability)
+    directory = arguments.directory.resolve()
+    budget = Budget(
+        fuzz=arguments.fuzz_minutes, tune=arguments.tune_minutes, bench=arguments.bench_minutes
+    )
+    stages = stages_of(
+        directory, device=str(device), known=COMMANDS, budget=budget, seed=arguments.seed
+    )
+    names = [stage.name for stage in stages]
+    check_names("stages", arguments.stages, names)
+    wanted = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench")
+    run = Qualification(
+        directory,
+        tuple(stage for stage in stages if stage.name in (arguments.stages or names)),
+        environment(device),
+        limits,
+        [name for name in wanted if name not in names],
+        fingerprints(source_directory(), KERNELS),
+    )
+    if not arguments.again:
+        run.resume()
+    for sentence in limits:
+        console.print(Text(f"this GPU: {sentence}", style="yellow"), soft_wrap=True)
+    run.run(lambda stage: console.rule(Text(f"{stage.name}: {stage.purpose}")))
+    record = run.write(complete=True)
+    table = Table(title="stages", title_justify="left")
+    for column in ("stage", "result", "seconds"):
+        table.add_column(column)
+    for result in run.results.values():
+        style = _STYLES[result.status]
+        table.add_row(result.name, Text(result.status, style=style), f"{result.seconds:.0f}")
+    console.print(table)
+    console.print(Text(f"send back {run.file}"), soft_wrap=True)
+    plans = directory / "plans.json"
+    if plans.is_file():
+        place = f"scattermoe_lora/plans/{gpu_directory_name(str(run.environment['device']))}.json"
+        console.print(Text(f"commit {plans} as {place}"), soft_wrap=True)
+    return int(record["summary"]["failed"] > 0)
+
+
+def too_large(shared_memory: int, capability: tuple[int, int]) -> list[str]:
+    """Plans that the heuristic would choose on a GPU with so little shared memory, and that do
+    not fit.
+    """
+    lib = package()
+    module = importlib.import_module(f"{lib.__name__}.plan")
+    small = lib.Device(
+        name="emulated",
+        capability=max(capability, (8, 6)),
+        multiprocessors=64,
+        shared_memory=shared_memory,
+    )
+    found = []
+    for operation in lib.Operation:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (256, 65536):
+                problem = lib.Problem(
+                    operation, rows, 64, 2048, 1536, 16, dtype, lib.Precision.IEEE, "kn"
+                )
+                for plan in lib.candidates(problem, small):
+                    needed = module.stage_bytes(plan.tile, dtype) * plan.tile.stages
+                    if needed > shared_memory:
+                        found.append(
+                            """Plans offered for a GPU with so little shared memory that do not
+                            fit it, in sentences.
+                            """
+                            f"and a block has {shared_memory}"
+                        )
+    return list(dict.fromkeys(found))
