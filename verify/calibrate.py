@@ -35,10 +35,10 @@ class Fault:
     """What is wrong with a simulated kernel; the defaults are a right one.
 
     lost_base, lost_lora: last elements of K that are left out. lora_factor, base_factor: factors of
-    a term. stray_base, stray_lora: rows of each expert that use the next expert's weight or adapter.
+    a term. stray_base, stray_lora: rows of each expert that use the next one's weight or adapter.
     narrow: sums rounded to the operands' type every 64 elements of K. truncated: result cut, not
-    rounded. lost_rank: ranks left out. bias, gates: whether they are applied. element:
-    relative error of one element of each expert's first row.
+    rounded. lost_rank: ranks left out. bias, gates: whether they are applied. element: relative
+    error of one element of each expert's first row.
     """
 
     lost_base: int = 0

@@ -66,18 +66,12 @@ class Candidate:
 
 
 def by_hand(package: Path, kernels: Iterable[KernelSpec]) -> Iterator[Candidate]:
-    """The mutants that the specs list.
-
-    Raises:
-        ValueError: the text that a mutant replaces is not in its file exactly once.
-    """
+    """The mutants that the specs list; those that are stale are left out."""
     for spec in kernels:
         for mutant in (*spec.mutants, *BY_HAND.get(spec.name, ())):
             old = (package / mutant.file).read_text()
             if old.count(mutant.old) != 1:
-                raise ValueError(
-                    f"{mutant.id}: {mutant.old!r} is {old.count(mutant.old)} times in {mutant.file}"
-                )
+                continue
             new = old.replace(mutant.old, mutant.new)
             yield Candidate(
                 id=mutant.id,
@@ -90,6 +84,17 @@ def by_hand(package: Path, kernels: Iterable[KernelSpec]) -> Iterator[Candidate]
                 by_hand=True,
                 equivalent=mutant.equivalent,
             )
+
+
+def stale(package: Path, kernels: Iterable[KernelSpec]) -> list[str]:
+    """Mutants made by hand whose text is not in its file exactly once, in words."""
+    found = []
+    for spec in kernels:
+        for mutant in (*spec.mutants, *BY_HAND.get(spec.name, ())):
+            count = (package / mutant.file).read_text().count(mutant.old)
+            if count != 1:
+                found.append(f"{mutant.id}: {mutant.old!r} is {count} times in {mutant.file}")
+    return found
 
 
 def generated(package: Path, kernels: Sequence[KernelSpec]) -> Iterator[Candidate]:

@@ -20,8 +20,8 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_linear-gates",
             what="gates are lost in the weight gradients",
             file=_AUTOGRAD,
-            old='"dy_order": dy_order, "row_scale": gates}',
-            new='"dy_order": dy_order, "row_scale": None}',
+            old="x_order=call.source, dy_order=dy_order, row_scale=gates",
+            new="x_order=call.source, dy_order=dy_order, row_scale=None",
         ),
         Mutant(
             id="expert_linear-lora-gates",
@@ -106,8 +106,8 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="experts_mlp-down-weight",
             what="gates are lost in the gradient of down",
             file=_LAYER,
-            old='"dy_order": RowOrder.TOKEN, "row_scale": gates}',
-            new='"dy_order": RowOrder.TOKEN, "row_scale": None}',
+            old="x_order=RowOrder.EXPERT, dy_order=RowOrder.TOKEN, row_scale=gates",
+            new="x_order=RowOrder.EXPERT, dy_order=RowOrder.TOKEN, row_scale=None",
         ),
         Mutant(
             id="experts_mlp-down-bias",

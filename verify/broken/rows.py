@@ -18,7 +18,7 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="group-dropped",
             what="dropped rows are copied",
             file=_ROWS,
-            old="mask=(n < N) & kept, other=0.0)",
+            old="mask=n < columns, other=0.0)",
             new="mask=n < N, other=0.0)",
         ),
         Mutant(
@@ -46,8 +46,8 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="group-sentinel",
             what="dropped rows count as kept",
             file=_ROWS,
-            old="tl.load(expert_of_row + row) < experts",
-            new="tl.load(expert_of_row + row) <= experts",
+            old="columns = tl.where(expert < experts",
+            new="columns = tl.where(expert <= experts",
         ),
         Mutant(
             id="group-n-tail",
@@ -67,8 +67,8 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="group-next-row",
             what="the slot of the next row",
             file=_ROWS,
-            old="slot = tl.load(slots + row)\n    kept",
-            new="slot = tl.load(slots + row + 1)\n    kept",
+            old="slot = tl.load(slots + row)\n    expert",
+            new="slot = tl.load(slots + row + 1)\n    expert",
         ),
     ),
     "combine": (

@@ -76,7 +76,7 @@ def _measure(
     state: dict[str, dict[str, Any]],
     write: Callable[..., Any],
 ) -> None:
-    """Fill in what `state` lacks: faults, then kernels, then right results until there are enough."""
+    """Fill in what `state` lacks: faults, kernels, then right results until there are enough."""
     from .. import calibrate
     from ..run import Selection
     from ..specs import KERNELS

@@ -50,12 +50,15 @@ def main(arguments: argparse.Namespace) -> int:
     """Try the mutants; 1 if one survives."""
     device = prepare(arguments.device)
     from ..environment import environment
-    from ..mutants import as_json, by_hand, generated, known_verdicts, sample, try_all
+    from ..mutants import as_json, by_hand, generated, known_verdicts, sample, stale, try_all
     from ..mutation_trials import SPECS, Verdict
     from ..records import SCHEMA, fingerprints
 
     package, console, start = source_directory(), Console(stderr=True), time.monotonic()
     every = [*by_hand(package, SPECS.values()), *generated(package, list(SPECS.values()))]
+    outdated = stale(package, SPECS.values())
+    for text in outdated:
+        console.print(f"stale: {text}", style="red", markup=False)
     check_names("kernels", arguments.kernels, (candidate.kernel for candidate in every))
     if arguments.kernels:
         every = [candidate for candidate in every if candidate.kernel in arguments.kernels]
@@ -120,7 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         record = write(complete=complete)
     _print(Console(), record)
-    return int(record["summary"]["survived"] > 0)
+    return int(record["summary"]["survived"] > 0 or bool(outdated))
 
 
 def _record(
