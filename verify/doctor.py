@@ -19,7 +19,11 @@ PACKAGES = (
 STATUSES = ("good", "note", "bad")
 _OLDEST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 18, 1)}
 _SHARED_MEMORY = 99 * 1024
-_TRITON_OF_TORCH = {(2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
+_TRITON_OF_TORCH: dict[tuple[int, ...], tuple[int, int]] = {
+    (2, 11): (3, 6),
+    (2, 12): (3, 7),
+    (2, 13): (3, 7),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,7 @@ def gather() -> Facts:
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
+            found: Any = torch.cuda.get_device_properties(index)
             gpus.append(
                 Gpu(
                     name=found.name,

@@ -24,7 +24,7 @@ _PARAMETERS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "holes": ((10, 90),),
     "sentinels": ((5, 95),),
 }
-_KINDS = (
+_KINDS: tuple[str, ...] = (
     *("uniform", "zipf", "power", "one", "last", "first-empty", "last-empty", "only", "holes"),
     *("boundary", "alternating", "all", "repeated", "sentinels", "all-sentinels"),
 )
@@ -159,7 +159,13 @@ class Drawing:
         wide = replace(draw.case, k_in=4096, n_out=4352, experts=_BEYOND // (4096 * 4352) + 2)
         case = replace(wide, tokens=self._spread(16, 256), top_k=2, rank=16, experts=wide.experts)
         if self.random.random() < 0.3:
-            sizes = {"k_in": 8192, "n_out": 16, "experts": 4, "top_k": 1, "rank": 16}
+            sizes: dict[str, Any] = {
+                "k_in": 8192,
+                "n_out": 16,
+                "experts": 4,
+                "top_k": 1,
+                "rank": 16,
+            }
             case = replace(draw.case, tokens=_BEYOND // 8192 + 77, **sizes)
         case = replace(case, name="beyond", routing=RoutingKind("uniform"))
         if memory_of(case, 2) > 2.2 * self.limits.memory or draw.dtype == "float32":

@@ -115,6 +115,11 @@ class Campaign:
         """Launches of which an earlier run left no end: they are run first."""
         return tuple(self._again)
 
+    @property
+    def kept(self) -> tuple[Draw, ...]:
+        """Launches that reached something new."""
+        return tuple(self._kept)
+
     def _restore(self) -> None:
         """Read what earlier runs of this campaign left."""
         for path in sorted((self.directory / "findings").glob("*.json")):
@@ -318,8 +323,14 @@ class Campaign:
         if not busy or draw is None:
             return
         kind = "hang" if late else "crash"
-        outcome = {"status": "error", "reason": reason, "where": {}, "measure": "", "ratio": None}
-        facts = {"kind": kind, "outcome": outcome, "features": [], "launched": True}
+        outcome: dict[str, Any] = {
+            "status": "error",
+            "reason": reason,
+            "where": {},
+            "measure": "",
+            "ratio": None,
+        }
+        facts: dict[str, Any] = {"kind": kind, "outcome": outcome, "features": [], "launched": True}
         with contextlib.closing(Journal(process.start.journal)) as journal:
             if process.launched is None:
                 journal.write(launch=process.number, draw=draw.as_json(), at=time.time())

@@ -163,7 +163,7 @@ def _anchors(spec: KernelSpec, device: torch.device) -> Iterator[tuple[str, Inpu
     small = [case for case in spec.cases if not case.tags & LISTED_ONLY] or spec.cases[:1]
     cases = list(small[:: max(len(small) // 3, 1)])[:3]
     if device.type == "cuda" and not is_fixed(spec, device):
-        sizes = {"k_in": 512, "n_out": 512, "experts": 4, "top_k": 2, "rank": 16}
+        sizes: dict[str, Any] = {"k_in": 512, "n_out": 512, "experts": 4, "top_k": 2, "rank": 16}
         for tokens in (1024, 128, 16):
             for layout in ("transposed", "contiguous"):
                 name = f"anchor-{tokens}-{layout}"

@@ -10,7 +10,7 @@ from .draws import Draw
 from .findings import Finding
 from .routings import RoutingKind
 
-_PLAIN = {
+_PLAIN: Mapping[str, Any] = {
     "weight_layout": "contiguous",
     "x_layout": "contiguous",
     "gradient": "",
@@ -37,7 +37,8 @@ def simpler(case: Case) -> Iterator[Case]:
     for name, floor in (("tokens", 0), ("experts", 1), ("k_in", 1), ("n_out", 1), ("rank", 1)):
         value = getattr(case, name)
         for smaller in _steps(value, floor):
-            changed = replace(case, **{name: smaller})
+            changes: dict[str, Any] = {name: smaller}
+            changed = replace(case, **changes)
             if name == "experts":
                 changed = replace(changed, top_k=min(case.top_k, smaller))
             yield changed

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
+from ..fuzz import Campaign, Settings
 from .common import _words, add_common, check_names, prepare, source_directory
 
 _FOREVER = 10.0**9
@@ -57,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run a campaign; 1 if there are findings."""
     device = prepare(arguments.device)
-    from ..fuzz import Campaign
     from ..fuzz_summary import markdown, print_summary, progress, record
     from ..records import fingerprints, write_json
     from ..specs import KERNELS
@@ -88,17 +89,40 @@ def main(arguments: argparse.Namespace) -> int:
         raise SystemExit(str(error)) from error
     finally:
         values = record(campaign, fingerprint, complete=complete)
+        if arguments.sanitize and complete:
+            values["sanitized"] = _sanitized(campaign, arguments.sanitize, device, console)
         for path in {directory / "fuzz.json", arguments.json or directory / "fuzz.json"}:
             write_json(path, values)
         (directory / "fuzz.md").write_text(markdown(values, directory))
     print_summary(Console(), campaign)
-    return int(bool(campaign.findings) or not campaign.counts.launches)
+    wrong = [entry for entry in values.get("sanitized", ()) if entry["status"] != "passed"]
+    return int(bool(campaign.findings or wrong) or not campaign.counts.launches)
 
 
-def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Any]:
+def _sanitized(
+    campaign: Campaign, count: int, device: torch.device, console: Console
+) -> list[dict[str, Any]]:
+    """Outcomes under memcheck of so many of the kept launches."""
+    from ..sanitize import EVERY_PLAN, Job, Sanitizer, tool_path, unavailable
+
+    tool = tool_path()
+    reason = unavailable(device, tool)
+    if reason or tool is None:
+        raise SystemExit(f"--sanitize: {reason}")
+    kept = random.Random(campaign.settings.seed).sample(
+        campaign.kept, min(count, len(campaign.kept))
+    )
+    sanitizer = Sanitizer(path=tool, device=str(device), tree=campaign.settings.tree)
+    outcomes = list(sanitizer.run([Job(tool=EVERY_PLAN, draw=draw) for draw in kept]))
+    wrong = [outcome for outcome in outcomes if not outcome.ok]
+    for outcome in wrong:
+        console.print(str(outcome), style="red", markup=False)
+    console.print(f"{len(outcomes)} launches under {EVERY_PLAN}, {len(wrong)} with errors")
+    return [outcome.as_json() for outcome in outcomes]
+
+
+def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Settings]:
     """Of a new campaign, or those of the one to be resumed."""
-    from ..fuzz import Settings
-
     if arguments.resume is not None:
         file = arguments.resume / "campaign.json"
         if not file.is_file():
