@@ -1,4 +1,4 @@
-"""LoRA on routed experts: Y[i] = X[i] W[e] + s (X[i] A[e]^T) B[e]^T + b[e], e the expert of row i."""
+"""LoRA on routed experts: y[i] = x[i] W[e] + s (x[i] A[e]^T) B[e]^T + b[e], e the expert of i."""
 
 from . import library as library
 from .autograd import Plans, expert_linear

@@ -2,9 +2,8 @@
 
 Triton looks at every argument of every launch to find the compiled variant: 38 us on an H100's
 host, against 16 us for launching a variant at hand. A Launcher remembers the variant for operands
-of the
-same form. Arguments that depend on the number of tokens or active experts are no part of the form,
-because the kernels do not specialise on them.
+of the same form. Arguments that depend on the number of tokens or active experts are no part of the
+form, because the kernels do not specialise on them.
 """
 
 from typing import Any

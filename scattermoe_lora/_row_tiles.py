@@ -29,7 +29,7 @@ DROPPED = tl.constexpr(-2)
 
 
 def row_tile_count(rows: int, experts: int, block_m: int) -> int:
-    """Entries for tiles of `block_m` rows: a bound of the sum over groups of ceil(rows / block_m)."""
+    """Entries for tiles of `block_m` rows: bounds the sum over groups of ceil(rows / block_m)."""
     return rows // block_m + min(experts + 1, rows)
 
 
@@ -55,7 +55,7 @@ def group_bins(experts: int) -> int:
 
 
 def row_tiles(offsets: Tensor, *, rows: int, experts: int) -> Tensor:
-    """Tables for every height in ROW_TILES, int32 [entries, 4], from offsets int32 [experts + 1]."""
+    """Tables of every height in ROW_TILES, int32 [entries, 4]; offsets: int32 [experts + 1]."""
     shape = (row_tile_entries(rows, experts), 4)
     tiles = offsets.new_empty(shape)
     if rows:

@@ -1,4 +1,4 @@
-"""Integer arithmetic of launch grids; plain functions, because Triton's own cost microseconds each."""
+"""Integer arithmetic of launch grids, in plain Python: Triton's own costs microseconds a call."""
 
 
 def ceil_div(value: int, by: int) -> int:

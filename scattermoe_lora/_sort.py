@@ -1,12 +1,15 @@
 """Stable counting sort of the chosen experts, in two launches and without a host sync.
 
-    count  counts[c, e] = slots of chunk c that chose expert e
-    place  row of a slot = rows of smaller experts + slots of e in earlier chunks + rank in its
-    chunk
+    count   counts[c, e] = slots of chunk c that chose expert e
+    place   row of a slot = rows of smaller experts + slots of e in earlier chunks
+                            + its rank among the slots of e in its own chunk
 
 Ids outside [0, experts) count as group `experts`. The second launch also writes the expert offsets
 and the row-tile tables.
 """
+
+# Device code is Triton's language, not Python's.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from typing import NamedTuple
 
@@ -74,7 +77,7 @@ def sort_by_expert(ids: Tensor, experts: int) -> Sorted:
 
 @triton.jit
 def load_keys(ids, start, rows, experts, CHUNK: tl.constexpr):
-    """Keys of a chunk of slots: the expert, `experts` for dropped ones, experts + 1 past the end."""
+    """Keys of a chunk of slots: the expert, `experts` where dropped, experts + 1 past the end."""
     slot = start + tl.arange(0, CHUNK)
     chosen = tl.load(ids + slot, mask=slot < rows, other=0)
     valid = (chosen >= 0) & (chosen < experts)

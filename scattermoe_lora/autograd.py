@@ -8,7 +8,7 @@ Gradients are computed only where they are required: never a dense dW for a froz
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,11 @@ from .ops._check import (
     check_weight,
 )
 from .ops.lora import as_operand, lora_rows
-from .ops.product import BlockedWeight, Rows, product_rows
+from .ops.product import Rows, product_rows
 from .ops.weight_grad import lora_grads
 from .plan import Operation, Plan
 from .routing import Routing, RowOrder
-from .weights import LoRAWeights
+from .weights import BlockedWeight, LoRAWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,23 @@ class Call:
     scaling: float
     plans: Plans
     blocks: BlockedWeight | None = None
+
+
+class Saved(NamedTuple):
+    """What the backward of a projection finds: the operands and what the forward made.
+
+    weight is absent where it comes in blocks; x, where neither weight nor adapter is trained. xa is
+    s x A^T in expert order; y, the rows before gating, is there where gates are trained.
+    """
+
+    x: Tensor | None
+    weight: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    bias: Tensor | None
+    gates: Tensor | None
+    xa: Tensor | None
+    y: Tensor | None
 
 
 def expert_linear(
@@ -159,7 +176,8 @@ class ExpertLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
-        return (*linear_backward(dout, ctx.saved_tensors, ctx.call, ctx.needs_input_grad), None)
+        saved = Saved(*ctx.saved_tensors)
+        return (*linear_backward(dout, saved, ctx.call, ctx.needs_input_grad), None)
 
 
 def linear_forward(
@@ -178,29 +196,35 @@ def linear_forward(
 
 
 def linear_backward(
-    dout: Tensor, saved: tuple[Tensor | None, ...], call: Call, needs: Sequence[bool]
+    dout: Tensor, saved: Saved, call: Call, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, a, b, bias, gates; saved: those six, s x A^T and the rows."""
+    """Gradients of x, weight, a, b, bias and gates, None where `needs` says that none is wanted."""
     x, weight, a, b, bias, gates, xa, y = saved
     routing = call.routing
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dy_order = call.target if gates is None else RowOrder.TOKEN
-    orders = {"x_order": call.source, "dy_order": dy_order, "row_scale": gates}
     dx = dweight = da = db = dbias = dgates = yb = None
-    if needs[0] or needs[2] or needs[3]:
-        dx, yb = input_grad(dout, weight, a, b, gates, dy_order, call, wants_dx=needs[0])
-    if needs[2] or needs[3]:
+    if needs[0]:
+        dx, yb = input_grad(dout, weight, a, b, gates, dy_order, call)
+    if a is not None and b is not None and (needs[2] or needs[3]):
+        assert x is not None, "the input of a trained adapter is saved"
+        if yb is None:
+            yb = gradient_shrink(dout, b, dy_order, call)
         plan = call.plans.weight_grad
         da, db = lora_grads(
             x, dout, xa, yb, a, b, call.scaling, routing, call.source, dy_order, gates, plan
         )
     if needs[1]:
-        dweight = expert_weight_grad(x, dout, routing, **orders)
+        assert x is not None, "the input of a trained weight is saved"
+        dweight = expert_weight_grad(
+            x, dout, routing, x_order=call.source, dy_order=dy_order, row_scale=gates
+        )
     if bias is not None and needs[4]:
         dbias = expert_bias_grad(dout, routing, dy_order=dy_order, row_scale=gates)
         dbias = dbias.to(bias.dtype)
     if gates is not None and needs[5]:
+        assert y is not None, "the rows of trained gates are saved"
         dgates = combine_grad(y, dout, routing).to(gates.dtype)
     return dx, dweight, da, db, dbias, dgates
 
@@ -219,7 +243,7 @@ def check_projection(
         TypeError, ValueError: an operand does not fit.
     """
     check_rows("x", x, routing, source)
-    check_weight("weight", weight, x, routing)
+    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     if lora is not None:
         check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
     check_bias(bias, routing, weight.shape[2], x.device)
@@ -234,10 +258,10 @@ def product(
     call: Call,
 ) -> tuple[Tensor, Tensor | None]:
     """The rows of a projection and, with an adapter, s x A^T; no weight means that of the call."""
-    stack = call.blocks if weight is None else weight
+    stack = _stack(weight, call)
     rows = Rows(call.source, call.target, bias)
     plan = call.plans.forward
-    if a is None:
+    if a is None or b is None:
         return product_rows(x, stack, call.routing, rows, plan), None
     operation = Operation.LORA_FORWARD
     return lora_rows(x, stack, a, b, call.scaling, call.routing, operation, rows, plan)
@@ -251,21 +275,28 @@ def input_grad(
     gates: Tensor | None,
     dy_order: RowOrder,
     call: Call,
-    *,
-    wants_dx: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradient of x, summed over the choices where tokens share a row, and s dy B."""
     routing = call.routing
-    if not wants_dx:
-        down = as_operand(b, dout.dtype).mT
-        return None, shrink(dout, down, routing, scaling=call.scaling, source=dy_order)
     plan = call.plans.input_grad
-    stack = (call.blocks if weight is None else weight).mT
+    stack = _stack(weight, call).mT
     rows = Rows(dy_order, call.source, None, gates)
-    if a is not None:
+    if a is not None and b is not None:
         operation = Operation.LORA_INPUT_GRAD
         return lora_rows(dout, stack, b.mT, a.mT, call.scaling, routing, operation, rows, plan)
     if call.source is not RowOrder.TOKEN:
         return product_rows(dout, stack, routing, rows, plan), None
     rows = rows._replace(target=RowOrder.SLOT)
     return combine(product_rows(dout, stack, routing, rows, plan), routing), None
+
+
+def gradient_shrink(dout: Tensor, b: Tensor, dy_order: RowOrder, call: Call) -> Tensor:
+    """s dy B [rows, R] in expert order, where x needs no gradient that would bring it along."""
+    down = as_operand(b, dout.dtype).mT
+    return shrink(dout, down, call.routing, scaling=call.scaling, source=dy_order)
+
+
+def _stack(weight: Tensor | None, call: Call) -> Tensor | BlockedWeight:
+    stack = call.blocks if weight is None else weight
+    assert stack is not None, "a projection has a weight, as a tensor or in blocks"
+    return stack

@@ -406,8 +406,8 @@ def peft_lora_to_scattermoe(
     """PEFT factors (0.19.1 and newer: A on the input side) as lora_A [R E, K], lora_B [N, R E]."""
     if peft_A.shape[0] != num_experts * rank or peft_B.shape[1] != num_experts * rank:
         raise ValueError(
-            f"{num_experts} experts of rank {rank} need {num_experts * rank} rank rows and columns, "
-            f"got shapes {list(peft_A.shape)} and {list(peft_B.shape)}"
+            f"{num_experts} experts of rank {rank} need {num_experts * rank} rank rows and "
+            f"columns, got shapes {list(peft_A.shape)} and {list(peft_B.shape)}"
         )
     by_expert = peft_B.unflatten(1, (rank, num_experts)).transpose(1, 2)
     return peft_A, by_expert.reshape(peft_B.shape)

@@ -6,20 +6,22 @@
 
 Eager calls go to the same functions directly: an operator costs 12 us more per call on an H100's
 host. The namespace is the name of the package, so that two revisions can be loaded side by side.
-What is
-absent (an adapter, a bias, a gradient that is not needed) comes out as an empty tensor.
+What is absent (an adapter, a bias, a gradient that is not needed) comes out as an empty tensor.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._row_tiles import row_tile_entries
 from ._sort import sort_by_expert
-from .autograd import CHOSEN, Call, check_projection, linear_backward, linear_forward
+from .autograd import CHOSEN, Call, Saved, check_projection, linear_backward, linear_forward
 from .layers.experts_mlp import (
+    Intermediates,
     LayerCall,
+    Operands,
     Projection,
     check_down,
     mlp_backward,
@@ -47,7 +49,7 @@ def _adapter(a: Tensor | None, b: Tensor | None, scaling: float) -> LoRAWeights 
 
 @torch.library.custom_op(f"{NAMESPACE}::route", mutates_args=())
 def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """slots, expert_of_row, offsets, tiles of `Routing.from_top_k`; ids outside [0, experts) drop."""
+    """slots, expert_of_row, offsets, tiles of a Routing; ids outside [0, experts) are dropped."""
     rows = sort_by_expert(top_k_index.reshape(-1).contiguous(), experts)
     return rows.slots, rows.expert_of_row.clone(), rows.offsets.clone(), rows.tiles.clone()
 
@@ -57,9 +59,10 @@ def _(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     rows = top_k_index.numel()
     entries = row_tile_entries(rows, experts)
     slots = top_k_index.new_empty(rows, dtype=torch.int64)
-    sizes = (rows,), (experts + 1,), (entries, 4)
-    others = [top_k_index.new_empty(size, dtype=torch.int32) for size in sizes]
-    return (slots, *others)
+    expert_of_row = top_k_index.new_empty(rows, dtype=torch.int32)
+    offsets = top_k_index.new_empty(experts + 1, dtype=torch.int32)
+    tiles = top_k_index.new_empty((entries, 4), dtype=torch.int32)
+    return slots, expert_of_row, offsets, tiles
 
 
 def _linear_call(routing: Routing, scaling: float, source: str, target: str) -> Call:
@@ -151,7 +154,7 @@ def expert_linear_backward(
     """Gradients of x, weight, a, b, bias, gates; empty where `needs` says none."""
     routing = Routing(slots, expert_of_row, offsets, tiles, tokens, top_k, experts)
     call = _linear_call(routing, scaling, source, target)
-    saved = (x, weight, a, b, bias, gates, _given(xa), _given(y))
+    saved = Saved(x, weight, a, b, bias, gates, _given(xa), _given(y))
     dx, dweight, da, db, dbias, dgates = linear_backward(dout, saved, call, needs)
     grads = (dx, dweight, da, db, dbias, dgates)
     first, second, third, fourth, fifth, sixth = (_present(grad, dout) for grad in grads)
@@ -169,19 +172,19 @@ def _fake_grads(
 
 
 @expert_linear_backward.register_fake
-def _(dout, x, weight, a, b, bias, gates, xa, y, slots, *rest):
+def _(dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs = list(rest[-1])
     needs[2] = needs[3] = needs[2] or needs[3]
-    return tuple(_fake_grads(dout, (x, weight, a, b, bias, gates), needs))
+    return tuple(_fake_grads(dout, rest[:6], needs))
 
 
-def _linear_setup(ctx, inputs, output) -> None:
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     operands, ctx.settings = inputs[:6], inputs[10:]
     _, xa, y = output
     ctx.save_for_backward(*operands, xa, y, *inputs[6:10])
 
 
-def _linear_grad(ctx, dout, _dxa, _dy):
+def _linear_grad(ctx: Any, dout: Tensor, _dxa: Tensor, _dy: Tensor) -> tuple[Tensor | None, ...]:
     *operands, xa, y, slots, expert_of_row, offsets, tiles = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = expert_linear_backward(
@@ -238,15 +241,17 @@ def experts_mlp(
         gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved
     )
     check_projection(x, w1, _adapter(a1, b1, scaling1), bias1, routing, RowOrder.TOKEN)
-    check_down(x, Projection(weight=w2, lora=_adapter(a2, b2, scaling2), bias=bias2), routing)
+    down = Projection(weight=w2, lora=_adapter(a2, b2, scaling2), bias=bias2)
+    check_down(x, down, routing, width=w1.shape[2] // 2)
     call = _layer_call(routing, (scaling1, scaling2), activation)
-    operands = (x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
-    out, h, xa1, xa2 = mlp_forward(operands, call)
-    return out, h, _present(xa1, x), _present(xa2, x)
+    operands = Operands(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
+    out, made = mlp_forward(operands, call)
+    return out, made.h, _present(made.xa1, x), _present(made.xa2, x)
 
 
 @experts_mlp.register_fake
-def _(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, slots, *rest):
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    x, _gates, w1, a1, _b1, _bias1, w2, a2, _b2, _bias2, slots, *_ = inputs
     rows = slots.shape[0]
     thin = [x.new_empty(0) if a is None else x.new_empty((rows, a.shape[1])) for a in (a1, a2)]
     return x.new_empty((x.shape[0], w2.shape[2])), x.new_empty((rows, w1.shape[2])), *thin
@@ -290,24 +295,27 @@ def experts_mlp_backward(
         gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved
     )
     call = _layer_call(routing, (scaling1, scaling2), activation)
-    saved = (x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, _given(xa1), _given(xa2))
-    return [_present(grad, dout) for grad in mlp_backward(dout, saved, call, needs)]
+    operands = Operands(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
+    made = Intermediates(h, _given(xa1), _given(xa2))
+    return [_present(grad, dout) for grad in mlp_backward(dout, operands, made, call, needs)]
 
 
 @experts_mlp_backward.register_fake
-def _(dout, *rest):
+def _(dout: Tensor, *rest: Any) -> list[Tensor]:
     needs = list(rest[-1])
     needs[3] = needs[4] = needs[3] or needs[4]
     needs[7] = needs[8] = needs[7] or needs[8]
     return _fake_grads(dout, rest[:10], needs)
 
 
-def _mlp_setup(ctx, inputs, output) -> None:
+def _mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.settings = inputs[14:]
     ctx.save_for_backward(*inputs[:10], *output[1:], *inputs[10:14])
 
 
-def _mlp_grad(ctx, dout, _dh, _dxa1, _dxa2):
+def _mlp_grad(
+    ctx: Any, dout: Tensor, _dh: Tensor, _dxa1: Tensor, _dxa2: Tensor
+) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:10])
     grads = experts_mlp_backward(dout, *ctx.saved_tensors, *ctx.settings, needs)
     wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]

@@ -1,5 +1,4 @@
-"""How a routed operation is launched: one frozen plan, chosen by a pure function of problem and
-device.
+"""How a routed operation is launched: a frozen plan, a pure function of problem and device.
 
 Choice: the plan that the caller passes > the table shipped for this GPU > the heuristic below.
 """
@@ -7,7 +6,7 @@ Choice: the plan that the caller passes > the table shipped for this GPU > the h
 import enum
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,10 +65,11 @@ class Precision(enum.StrEnum):
 class Tile:
     """Launch knobs of one kernel.
 
-    block_m: rows (or, in weight gradients, the rows reduced per step). block_n: output columns.
-    block_k: reduction step (in weight gradients, output rows). descriptor: W through a tensor map.
-    x_descriptor: X through a tensor map too, where its rows are in expert order and can be
-    addressed.
+    block_m: rows (in weight gradients, the rows reduced per step).
+    block_n: output columns.
+    block_k: reduction step (in weight gradients, output rows).
+    descriptor: W through a tensor map.
+    x_descriptor: X through one too, where its rows are in expert order and can be addressed.
     """
 
     block_m: int
@@ -146,7 +146,7 @@ INTERPRETER = Device(
 
 @cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     return Device(
         name=properties.name,
         capability=(properties.major, properties.minor),
@@ -181,7 +181,7 @@ def current_precision(dtype: torch.dtype) -> Precision:
 
 
 def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem on a device; of the rows it sees the power of two of rows per expert."""
+    """The plan for a problem on a device; rows per expert count as the next power of two."""
     bucket = problem.experts * _rows_per_expert(problem)
     return _choose(problem._replace(rows=bucket), device)
 
@@ -269,9 +269,7 @@ def shrink_tile(problem: Problem, device: Device) -> Tile:
 
 
 def gram_tile(problem: Problem, device: Device) -> Tile:
-    """Tile of a weight gradient [k, n] reduced over an expert's rows; block_k output rows, block_n
-    columns.
-    """
+    """Tile of a weight gradient: block_k rows and block_n columns of it, block_m rows per step."""
     narrow = problem.operation is Operation.LORA_WEIGHT_GRAD
     columns = problem.rank if narrow else problem.n
     if device.interpreted:
@@ -298,7 +296,7 @@ def stage_bytes(tile: Tile, dtype: torch.dtype) -> int:
 
 
 def fit(tile: Tile, problem: Problem, device: Device) -> Tile:
-    """The tile with as many stages, then as large blocks, as the shared memory of the device holds."""
+    """The tile, with fewer stages and then smaller blocks until the shared memory holds it."""
     reserve = 8 * 1024
     while stage_bytes(tile, problem.dtype) * tile.stages + reserve > device.shared_memory:
         if tile.stages > 2:
@@ -331,19 +329,20 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
 
 def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]:
     """Tiles of other depth, width and warps than `tile` that fit the device."""
-    changes: list[dict[str, int]] = [
-        {"stages": tile.stages - 1},
-        {"stages": tile.stages + 1},
-        {"block_n": tile.block_n // 2},
-        {"block_n": tile.block_n // 2, "warps": 4},
-        {"block_k": tile.block_k * 2, "stages": 2},
-        {"warps": 4 if tile.warps == 8 else 8},
-    ]
+    n, k = tile.block_n, tile.block_k
+    changes = (
+        (n, k, tile.warps, tile.stages - 1),
+        (n, k, tile.warps, tile.stages + 1),
+        (n // 2, k, tile.warps, tile.stages),
+        (n // 2, k, 4, tile.stages),
+        (n, k * 2, tile.warps, 2),
+        (n, k, 4 if tile.warps == 8 else 8, tile.stages),
+    )
     found = []
-    for change in changes:
-        if min(change.values()) < 2 or change.get("block_n", 16) < 16:
+    for block_n, block_k, warps, stages in changes:
+        if block_n < 16 or stages < min(tile.stages, 2):
             continue
-        varied = replace(tile, **change)
+        varied = replace(tile, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
         if fit(varied, problem, device) == varied:
             found.append(varied)
     return tuple(found)

@@ -2,8 +2,8 @@
 
 For the operands of a launch: this machine's tuned file > the table shipped for this GPU > the
 heuristic. A table belongs to one GPU, one Triton version and one state of the kernels. A table that
-is malformed or
-stale is refused aloud, and the next source is used. `python -m verify tune` writes tables.
+is malformed or stale is refused aloud, and the next source is used. `python -m verify tune` writes
+tables.
 """
 
 import ast
@@ -45,9 +45,7 @@ EMPTY = PlanTable(plans=MappingProxyType({}))
 
 
 def bucket(problem: Problem) -> str:
-    """What problems share a plan: sizes of the model exactly, rows per expert and rank by power of
-    two.
-    """
+    """What problems share a plan: sizes of the model; rows per expert and rank by powers of two."""
     rows = next_power_of_two(problem.rows // problem.experts)
     rank = 0 if problem.rank == 0 else max(16, next_power_of_two(problem.rank))
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -92,7 +90,7 @@ def installed_table(device: Device) -> PlanTable:
 
 
 def gpu_name(device: Device) -> str:
-    """The GPU's name in lower case, runs of other characters than letters and digits as one hyphen."""
+    """The GPU's name in lower case, with one hyphen for all between its letters and digits."""
     return re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
 
 

@@ -35,12 +35,12 @@ class RowOrder(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The rows of one layer call, sorted by expert; lives on the device and is built without a host
-    sync.
+    """The rows of one layer call, sorted by expert, on the device; built without a host sync.
 
-    slots: int64 [rows], row -> slot. expert_of_row: int32 [rows], ascending, `experts` for dropped
-    rows.
-    offsets: int32 [experts + 1]. tiles: int32 [entries, 4], see `_row_tiles`.
+    slots: int64 [rows], row -> slot.
+    expert_of_row: int32 [rows], ascending, `experts` for dropped rows.
+    offsets: int32 [experts + 1].
+    tiles: int32 [entries, 4], see `_row_tiles`.
     """
 
     slots: Tensor
@@ -87,23 +87,23 @@ class Routing:
         """Sort the choices `top_k_index` (integer [tokens, top_k]) by expert.
 
         Args:
-            sentinels: ids outside [0, experts) are meant: their slots are dropped (expert
-                parallelism).
-            validate: check the values on a GPU as well, which synchronises with the host. Values on
-                a CPU are always checked, except under torch.compile. Unchecked ids outside [0,
-                experts)
-                are dropped.
+            sentinels: ids outside [0, experts) are meant (expert parallelism): no id is checked.
+            validate: check the ids on a GPU as well, which synchronises with the host. Ids on a
+                CPU are checked without, except under torch.compile.
+
+        Slots whose id is outside [0, experts) and was not checked are dropped.
 
         Raises:
             TypeError: `top_k_index` is not an integer tensor.
-            ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside [0,
-                experts) while `sentinels` is false.
+            ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside
+                [0, experts).
         """
         _check_top_k(top_k_index, experts)
         tokens, top_k = top_k_index.shape
         if torch.compiler.is_compiling():
             operator = getattr(torch.ops, __name__.partition(".")[0]).route
-            return cls(*operator(top_k_index, experts), tokens, top_k, experts)
+            slots, expert_of_row, offsets, tiles = operator(top_k_index, experts)
+            return cls(slots, expert_of_row, offsets, tiles, tokens, top_k, experts)
         if not sentinels and (validate or top_k_index.device.type == "cpu"):
             _check_values(top_k_index, experts)
         rows = sort_by_expert(top_k_index.reshape(-1).contiguous(), experts)

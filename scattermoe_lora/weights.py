@@ -1,9 +1,35 @@
-"""LoRA factors of a stack of experts, and the layouts that other projects store them in."""
+"""The weights of a routed projection: stacks that come in blocks, and LoRA factors of experts."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+class BlockedWeight(Protocol):
+    """A stack [experts, K, N] that is not at hand as a tensor, but block of experts by block."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(experts, K, N)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks appear."""
+
+    @property
+    def mT(self) -> "BlockedWeight":  # noqa: N802
+        """The stack of the transposed matrices."""
+
+    @property
+    def map(self) -> str:
+        """The layout of its blocks that a tensor map can address: "nk", "kn", or "" for none."""
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first expert, [experts of the block, K, N]) in order; a block may overwrite the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +92,13 @@ class LoRAWeights:
     def from_flat(
         cls, lora_a: Tensor, lora_b: Tensor, *, experts: int, scaling: float
     ) -> "LoRAWeights":
-        """Views of the expert-major layout: lora_a [experts * rank, k_in], lora_b [n_out, experts *
-        rank].
+        """Views of the expert-major layout.
 
-        Row e * rank + r of lora_a and column e * rank + r of lora_b belong to expert e.
+        lora_a is [experts * rank, k_in], lora_b [n_out, experts * rank]: row e * rank + r of lora_a
+        and column e * rank + r of lora_b belong to expert e.
 
         Raises:
-            ValueError: the factors are not 2-D, or their rank dimensions do not divide into
-                `experts`.
+            ValueError: a factor is not 2-D, or its rank dimension does not divide into `experts`.
         """
         rank = _rank(lora_a, lora_b, experts)
         a = lora_a.unflatten(0, (experts, rank))
@@ -91,15 +116,13 @@ class LoRAWeights:
         swapped: bool,
         transposed: bool,
     ) -> "LoRAWeights":
-        """Views of PEFT's layout for a 3-D parameter: lora_a [experts * rank, a], lora_b [b, rank *
-        experts].
+        """Views of PEFT's layout for a 3-D parameter, through which gradients flow back.
 
-        lora_a is expert-major, lora_b has the expert index fastest. Gradients flow back through the
-        views.
+        lora_a [experts * rank, a] is expert-major; lora_b [b, rank * experts] has the expert index
+        fastest.
 
         Args:
-            swapped: what the wrapper says of itself (`_did_swap_in_out_features`; false where
-                absent).
+            swapped: the wrapper's `_did_swap_in_out_features`; false where it has none.
             transposed: the parameter is stored [experts, k_in, n_out] (`is_transposed` experts).
 
         Raises:

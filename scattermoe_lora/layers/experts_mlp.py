@@ -11,12 +11,20 @@ taken before gating, the gradient of a gate is <act, d> + <b2, dout>, and gating
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..autograd import CHOSEN, Call, Plans, check_projection, input_grad, product
+from ..autograd import (
+    CHOSEN,
+    Call,
+    Plans,
+    check_projection,
+    gradient_shrink,
+    input_grad,
+    product,
+)
 from ..ops import (
     Activation,
     combine,
@@ -26,10 +34,9 @@ from ..ops import (
     glu_forward,
 )
 from ..ops._check import check_bias, check_lora, check_weight
-from ..ops.product import BlockedWeight
 from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder
-from ..weights import LoRAWeights
+from ..weights import BlockedWeight, LoRAWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,29 @@ class LayerCall:
     activation: Activation
 
 
+class Operands(NamedTuple):
+    """The tensors of the layer; 1 is gate_up and 2 is down, whose weight may come in blocks."""
+
+    x: Tensor
+    gates: Tensor
+    w1: Tensor | None
+    a1: Tensor | None
+    b1: Tensor | None
+    bias1: Tensor | None
+    w2: Tensor | None
+    a2: Tensor | None
+    b2: Tensor | None
+    bias2: Tensor | None
+
+
+class Intermediates(NamedTuple):
+    """What the forward makes and the backward reads: h, s1 x A1^T and s2 act A2^T."""
+
+    h: Tensor
+    xa1: Tensor | None
+    xa2: Tensor | None
+
+
 def experts_mlp(
     hidden: Tensor,
     gates: Tensor,
@@ -68,10 +98,9 @@ def experts_mlp(
     Args:
         hidden: [tokens, H], fp32, fp16 or bf16.
         gates: [tokens, top_k], any floating dtype; used in fp32.
-        gate_up: weight [experts, H, 2 I]. down: weight [experts, I, H]. Weights in the dtype of
-            hidden, adapters in that or fp32. Either, both or neither projection may carry an
-            adapter or a
-            bias.
+        gate_up: weight [experts, H, 2 I], in the dtype of hidden.
+        down: weight [experts, I, H], in the dtype of hidden. Either, both or neither projection
+            may carry a bias or an adapter; adapters are in the dtype of hidden or fp32.
 
     Returns:
         [tokens, H] in the dtype of hidden; differentiable in hidden, gates and every weight that
@@ -88,7 +117,7 @@ def experts_mlp(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
     check_projection(hidden, gate_up.weight, gate_up.lora, gate_up.bias, routing, RowOrder.TOKEN)
-    check_down(hidden, down, routing)
+    check_down(hidden, down, routing, width=gate_up.weight.shape[2] // 2)
     call = LayerCall(
         gate_up=_call(gate_up, routing, RowOrder.TOKEN, RowOrder.EXPERT),
         down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
@@ -119,73 +148,76 @@ class ExpertsMLP(torch.autograd.Function):
     def forward(ctx: Any, *operands: Any) -> Tensor:
         """x, gates, then weight, a, b, bias of gate_up and of down, then the call."""
         *tensors, call = operands
-        out, *intermediates = mlp_forward(tuple(tensors), call)
+        out, made = mlp_forward(Operands(*tensors), call)
         ctx.call = call
-        ctx.save_for_backward(*tensors, *intermediates)
+        ctx.save_for_backward(*tensors, *made)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
-        return (*mlp_backward(dout, ctx.saved_tensors, ctx.call, ctx.needs_input_grad), None)
+        tensors = ctx.saved_tensors
+        operands, made = Operands(*tensors[:10]), Intermediates(*tensors[10:])
+        return (*mlp_backward(dout, operands, made, ctx.call, ctx.needs_input_grad), None)
 
 
-def mlp_forward(
-    operands: tuple[Tensor | None, ...], call: LayerCall
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The result, h, s1 x A1^T and s2 act A2^T; operands as in `ExpertsMLP`."""
+def mlp_forward(operands: Operands, call: LayerCall) -> tuple[Tensor, Intermediates]:
+    """The result [tokens, H], and what the backward needs besides the operands."""
     x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2 = operands
     h, xa1 = product(x, w1, a1, b1, bias1, call.gate_up)
     act = glu_forward(h, call.activation)
     y, xa2 = product(act, w2, a2, b2, bias2, call.down)
-    return combine(y, call.gate_up.routing, gates=gates), h, xa1, xa2
+    return combine(y, call.gate_up.routing, gates=gates), Intermediates(h, xa1, xa2)
 
 
 def mlp_backward(
-    dout: Tensor, saved: tuple[Tensor | None, ...], call: LayerCall, needs: Sequence[bool]
+    dout: Tensor, operands: Operands, made: Intermediates, call: LayerCall, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the operands; saved: the operands and what the forward returned besides."""
-    x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2, h, xa1, xa2 = saved
+    """Gradients of the operands in their order, None where `needs` says that none is wanted."""
+    x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2 = operands
+    h, xa1, xa2 = made
     routing = call.gate_up.routing
     grads: list[Tensor | None] = [None] * 10
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
 
-    dact, yb2 = input_grad(dout, w2, a2, b2, None, RowOrder.TOKEN, call.down, wants_dx=True)
+    dact, yb2 = input_grad(dout, w2, a2, b2, None, RowOrder.TOKEN, call.down)
     dh, act, dgates = glu_backward(h, dact, routing, call.activation, gates=gates)
     del dact
     if needs[1]:
         grads[1] = _gate_grad(dgates, dout, bias2, routing).to(gates.dtype)
-    orders = {"x_order": RowOrder.EXPERT, "dy_order": RowOrder.TOKEN, "row_scale": gates}
-    if needs[7] or needs[8]:
+    if a2 is not None and b2 is not None and (needs[7] or needs[8]):
         plan = call.down.plans.weight_grad
         grads[7:9] = lora_grads(
             act, dout, xa2, yb2, a2, b2, call.down.scaling, routing,
             RowOrder.EXPERT, RowOrder.TOKEN, gates, plan,
         )  # fmt: skip
     if needs[6]:
-        grads[6] = expert_weight_grad(act, dout, routing, **orders)
-    if needs[9]:
+        grads[6] = expert_weight_grad(
+            act, dout, routing, x_order=RowOrder.EXPERT, dy_order=RowOrder.TOKEN, row_scale=gates
+        )
+    if bias2 is not None and needs[9]:
         dbias = expert_bias_grad(dout, routing, dy_order=RowOrder.TOKEN, row_scale=gates)
         grads[9] = dbias.to(bias2.dtype)
     del act
 
     yb1 = None
-    if needs[0] or needs[3] or needs[4]:
-        grads[0], yb1 = input_grad(
-            dh, w1, a1, b1, None, RowOrder.EXPERT, call.gate_up, wants_dx=needs[0]
-        )
-    orders = {"x_order": RowOrder.TOKEN, "dy_order": RowOrder.EXPERT}
-    if needs[3] or needs[4]:
+    if needs[0]:
+        grads[0], yb1 = input_grad(dh, w1, a1, b1, None, RowOrder.EXPERT, call.gate_up)
+    if a1 is not None and b1 is not None and (needs[3] or needs[4]):
+        if yb1 is None:
+            yb1 = gradient_shrink(dh, b1, RowOrder.EXPERT, call.gate_up)
         plan = call.gate_up.plans.weight_grad
         grads[3:5] = lora_grads(
             x, dh, xa1, yb1, a1, b1, call.gate_up.scaling, routing,
             RowOrder.TOKEN, RowOrder.EXPERT, None, plan,
         )  # fmt: skip
     if needs[2]:
-        grads[2] = expert_weight_grad(x, dh, routing, **orders)
-    if needs[5]:
+        grads[2] = expert_weight_grad(
+            x, dh, routing, x_order=RowOrder.TOKEN, dy_order=RowOrder.EXPERT
+        )
+    if bias1 is not None and needs[5]:
         grads[5] = expert_bias_grad(dh, routing, dy_order=RowOrder.EXPERT).to(bias1.dtype)
     return tuple(grads)
 
@@ -232,12 +264,13 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
     return replace(projection, weight=weight, lora=lora)
 
 
-def check_down(hidden: Tensor, down: Projection, routing: Routing) -> None:
-    """What the second projection demands; its input is made by the layer, in the dtype of hidden."""
-    k, n = down.weight.shape[1:]
-    check_weight("down.weight", down.weight, hidden.new_empty((0, k)), routing)
+def check_down(hidden: Tensor, down: Projection, routing: Routing, *, width: int) -> None:
+    """What the second projection demands; its input [rows, width] has the dtype of hidden."""
+    dtype, device = hidden.dtype, hidden.device
+    check_weight("down.weight", down.weight, routing, width=width, dtype=dtype, device=device)
+    n = down.weight.shape[2]
     if down.lora is not None:
-        check_lora(down.lora, routing, k, n, hidden)
+        check_lora(down.lora, routing, width, n, hidden)
     check_bias(down.bias, routing, n, hidden.device)
 
 
@@ -257,6 +290,6 @@ def _check_widths(
             )
     if gate_up.weight.shape[2] != 2 * down.weight.shape[1]:
         raise ValueError(
-            f"gate_up.weight has output width {gate_up.weight.shape[2]}, which must be twice the input "
-            f"width {down.weight.shape[1]} of down.weight"
+            f"gate_up.weight has output width {gate_up.weight.shape[2]}, which must be twice the "
+            f"input width {down.weight.shape[1]} of down.weight"
         )

@@ -5,15 +5,13 @@ from torch import Tensor
 
 from .._interpreter import require_supported
 from ..routing import Routing, RowOrder
-from ..weights import LoRAWeights
+from ..weights import BlockedWeight, LoRAWeights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> None:
-    """A row operand: 2-D, of a supported dtype, on the routing's device, as many rows as its order
-    has.
-    """
+    """A row operand [row_count(order), width]: dtype in DTYPES, on the routing's device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -45,20 +43,28 @@ def check_same(name: str, value: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} is on {value.device} but {x_name} is on {x.device}")
 
 
-def check_weight(name: str, weight: Tensor, x: Tensor, routing: Routing) -> None:
-    """A stack [experts, x width, n], as a tensor or as blocks that come in the dtype of x."""
+def check_weight(
+    name: str,
+    weight: Tensor | BlockedWeight,
+    routing: Routing,
+    *,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks."""
     if len(weight.shape) != 3:
         raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
-    if isinstance(weight, Tensor):
-        check_same(name, weight, "x", x)
-    elif weight.device != x.device:
-        raise ValueError(f"{name} is on {weight.device} but x is on {x.device}")
+    if isinstance(weight, Tensor) and weight.dtype != dtype:
+        raise TypeError(f"{name} is {weight.dtype} but x is {dtype}")
+    if weight.device != device:
+        raise ValueError(f"{name} is on {weight.device} but x is on {device}")
     if weight.shape[0] != routing.experts:
         raise ValueError(
             f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"
         )
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but x has {x.shape[1]}")
+    if weight.shape[1] != width:
+        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but x has {width}")
     if min(weight.shape) < 1:
         raise ValueError(f"{name} must not be empty, got shape {list(weight.shape)}")
 
@@ -140,9 +146,7 @@ def _aligned(weight: Tensor, row_stride: int) -> bool:
 
 
 def fits_grouped_mm(x: Tensor, *stacks: Tensor) -> bool:
-    """Whether torch._grouped_mm takes the operands natively: bf16 on CUDA sm_90 or newer, 16-byte
-    strides.
-    """
+    """Whether torch._grouped_mm is native here: bf16, CUDA sm_90 or newer, 16-byte strides."""
     if x.dtype != torch.bfloat16 or x.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(x.device) < (9, 0) or x.shape[1] * 2 % 16:

@@ -20,7 +20,7 @@ class Matrix(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """One matrix per expert: element (i, j) of expert e is at ptr + e * expert + i * row + j * col."""
+    """One matrix per expert: (i, j) of expert e is at ptr + e * expert + i * row + j * col."""
 
     ptr: Any
     expert: Any

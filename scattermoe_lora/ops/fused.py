@@ -1,8 +1,10 @@
-"""Fused LoRA product: y[i] = g[i] (x[i] W[e] + t[i] R[e] + b[e]), t[i] = s x[i] D[e], in one loop
-over K.
+"""Fused LoRA product: base and low-rank term of a routed product in one loop over K.
 
-    x [rows or tokens, K]   W [E, K, N]   D [E, K, rank]   R [E, rank, N]   y [rows, N]   t [rows,
-    rank]
+    y[i] = g[i] (x[i] W[e] + t[i] R[e] + b[e])      t[i] = s x[i] D[e]      e the expert of row i
+
+    x  [rows or tokens, K]    W  [E, K, N]       b  [E, N]        y  [rows, N]
+    g  [rows] per slot        D  [E, K, rank]    s  a number      t  [rows, rank]
+                              R  [E, rank, N]
 
 Every column block recomputes t (rank / BLOCK_N more arithmetic); the first one stores it, in expert
 order.

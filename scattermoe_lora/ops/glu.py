@@ -1,15 +1,15 @@
 """Gated activations of an expert MLP and their gradient, one pass each.
 
-    forward   act = f(gate, up)                      [gate | up] = h, halves or interleaved columns
-    backward  dh = g f'(h) dact;  act again;  dg = <act, dact>       dact before gating, g one gate
-    per row
+    [gate | up] = h      halves, or interleaved columns
+    forward     act = f(gate, up)
+    backward    dh  = g f'(h) dact       dact before gating, g one gate per row
+                dg  = <act, dact>        act is computed again
 
-    SIGMOID: f = (u + shift) a sigmoid(alpha a)      a = min(gate, limit), u = clamp(up, -limit,
-    limit)
-    TANH:    f = u gelu_tanh(a)
+    SIGMOID     f = (u + shift) a sigmoid(alpha a)      a = min(gate, limit)
+    TANH        f = (u + shift) gelu_tanh(a)            u = clamp(up, -limit, limit)
 
-SiLU is SIGMOID with alpha 1, shift 0 and no limit; gpt-oss has alpha 1.702, shift 1 and limit 7,
-interleaved.
+SiLU is SIGMOID with alpha 1, shift 0 and no limit; gpt-oss has alpha 1.702, shift 1, limit 7 and
+interleaved columns. A TANH gate has alpha 1 and shift 0.
 """
 
 import enum

@@ -1,5 +1,6 @@
-"""torch._grouped_mm over rows in expert order: a dispatch path where it is native, and a cross-
-check.
+"""Routed products by torch._grouped_mm: a path where that is native, and a cross-check.
+
+Its operands are rows in expert order: other orders are gathered before and placed after.
 """
 
 import torch
@@ -18,15 +19,14 @@ def grouped_product(
     bias: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """The routed product by torch._grouped_mm; base, bias and scale are rounded one after the
-    other.
-    """
+    """y[i] = g[i] (x[i] W[e] + b[e]); base, bias and scale are rounded one after the other."""
     y = grouped(by_expert(x, routing, source), weight, routing)
     if bias is not None:
         kept = routing.expert_of_row.clamp(max=routing.experts - 1)
         y = zero_dropped(y + bias.to(y.dtype).index_select(0, kept), routing)
     if row_scale is not None:
-        y = y * row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1).to(y.dtype)
+        factor = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
+        y = zero_dropped(y * factor.to(y.dtype), routing)
     return place(y, routing, target)
 
 

@@ -3,8 +3,7 @@
     forward     y  = x W + t B^T + b       t  = s x A^T
     input grad  dx = dy W^T + yb A         yb = s dy B
 
-The input gradient is the forward product of dy with the transposed weight and the transposed
-adapter.
+The input gradient is the forward product of dy with weight and adapter transposed.
 """
 
 from dataclasses import replace
@@ -17,13 +16,12 @@ from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import Operation, Path, Plan
 from ..routing import Routing, RowOrder
-from ..weights import LoRAWeights
+from ..weights import BlockedWeight, LoRAWeights
 from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
 from ._tile import matrix, stack
 from .fused import fused_launcher
-from .grouped_mm import by_expert, grouped, grouped_product
+from .grouped_mm import by_expert, grouped, grouped_product, zero_dropped
 from .product import (
-    BlockedWeight,
     Rows,
     dense,
     gathered,
@@ -34,9 +32,7 @@ from .product import (
 from .rows import combine
 
 HALVED_BYTES = 2**25
-"""Rows of a summed gradient from which they are made in two halves: 32 MiB, more than it costs in
-launches.
-"""
+"""Bytes of summed rows from which they are made in two halves: 32 MiB, worth a second launch."""
 
 
 def lora_forward(
@@ -56,8 +52,7 @@ def lora_forward(
     Args:
         x: [routing.row_count(source), K], fp32, fp16 or bf16, any strides.
         weight: [experts, K, N], dtype of x, any strides.
-        lora: a [experts, R, K], b [experts, N, R], in the dtype of x or fp32 (rounded to that of
-            x).
+        lora: a [experts, R, K], b [experts, N, R]; dtype of x, or fp32 and rounded to it.
         bias: [experts, N]. row_scale: g, `rows` coefficients in slot order.
 
     Returns:
@@ -108,7 +103,7 @@ def _checked(
     plan: Plan | None,
 ) -> tuple[Tensor, Tensor]:
     check_rows("x", x, routing, rows.source)
-    check_weight("weight", weight, x, routing)
+    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
     check_bias(rows.bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", rows.row_scale, routing)
@@ -156,7 +151,7 @@ def lora_rows(
             y = y.add_(launch_product(low, up.mT, routing, expand, plan.precision, rows))
         case Path.GROUPED_MM:
             x = by_expert(x, routing, rows.source)
-            low = grouped(x, down.mT, routing) * scaling
+            low = zero_dropped(grouped(x, down.mT, routing) * scaling, routing)
             rows = rows._replace(source=RowOrder.EXPERT)
             y = grouped_product(x, dense(weight, plan), routing, **rows._asdict())
             rows = rows._replace(bias=None)
@@ -175,21 +170,21 @@ def _summed(
     rows: Rows,
     plan: Plan,
 ) -> Tensor:
-    """[tokens, N]: the product, summed over the choices of a token, one half of the columns at a
-    time.
+    """The product, summed over the choices of a token: [tokens, N].
 
-    Halves keep a large [rows, N] operand of the sum at half its size; blocks of experts would be
-    decoded once per half, so they are not split.
+    From HALVED_BYTES on it is made one half of the columns at a time, which keeps the [rows, N]
+    operand of the sum at half its size. Blocks of experts would be decoded once per half, so they
+    are not split.
     """
     rows = rows._replace(target=RowOrder.SLOT)
     width = weight.shape[2]
     out = x.new_empty((routing.tokens, width))
     large = routing.rows * width * x.itemsize >= HALVED_BYTES
-    halves = 2 if large and isinstance(weight, Tensor) and width % 512 == 0 else 1
-    columns = width // halves
+    halved = weight if isinstance(weight, Tensor) and large and width % 512 == 0 else None
+    columns = width if halved is None else width // 2
     for start in range(0, width, columns):
         part = slice(start, start + columns)
-        block = weight if halves == 1 else weight[:, :, part]
+        block = weight if halved is None else halved[:, :, part]
         pair = (low, up[:, part].mT)
         y = launch_product(x, block, routing, plan.tile, plan.precision, rows, low_rank=pair)
         combine(y, routing, out=out[:, part])
@@ -198,7 +193,7 @@ def _summed(
 
 
 def as_operand(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor in the dtype of the product, copied where no dimension of a matrix is contiguous."""
+    """The factor in the dtype of the product, copied where no matrix dimension is contiguous."""
     if 1 in factor.stride()[-2:]:
         return factor.to(dtype)
     return factor.to(dtype).contiguous()

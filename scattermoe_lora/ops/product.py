@@ -1,9 +1,7 @@
 """Launcher of the routed product."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,6 +17,7 @@ from ..plan import (
 )
 from ..plan_table import plan_for
 from ..routing import Routing, RowOrder
+from ..weights import BlockedWeight
 from ._check import (
     addressable,
     check_bias,
@@ -32,32 +31,6 @@ from ._tile import Stack, matrix, stack
 from .grouped_mm import grouped_product
 from .rows import group
 from .scatter2scatter import scatter2scatter_launcher
-
-
-@runtime_checkable
-class BlockedWeight(Protocol):
-    """A stack [experts, K, N] that is not at hand as a tensor, but block of experts by block."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(experts, K, N)."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the blocks appear."""
-
-    @property
-    def mT(self) -> "BlockedWeight":  # noqa: N802
-        """The stack of the transposed matrices."""
-
-    @property
-    def map(self) -> str:
-        """What `w_map` says of its blocks."""
-
-    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """(first expert, [experts of the block, K, N]) in order; a block may reuse the last one's
-        memory.
-        """
 
 
 class Rows(NamedTuple):
@@ -99,7 +72,7 @@ def scatter2scatter(
     """
     check_rows("x", x, routing, source)
     check_target(target)
-    check_weight("weight", weight, x, routing)
+    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     check_bias(bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", row_scale, routing)
     rows = Rows(source, target, bias, row_scale)
@@ -144,7 +117,7 @@ def shrink(
         [rows, rank] in the dtype of x, rounded once.
     """
     check_rows("x", x, routing, source)
-    check_weight("factor", factor.mT, x, routing)
+    check_weight("factor", factor.mT, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     check_row_scale("row_scale", row_scale, routing)
     if plan is None:
         plan = product_plan(x, factor.mT, routing, Operation.SHRINK, factor.shape[1])
@@ -170,7 +143,7 @@ def product_plan(
 
 
 def gathered(x: Tensor, routing: Routing, rows: Rows, plan: Plan) -> tuple[Tensor, Rows]:
-    """x copied into expert order where the plan says so, and the rows of the product that follows."""
+    """x, copied into expert order where the plan says so, and the rows of the product to launch."""
     if not plan.gather or rows.source is RowOrder.EXPERT:
         return x, rows
     return group(x, routing, source=rows.source), rows._replace(source=RowOrder.EXPERT)
@@ -194,13 +167,14 @@ def launch_product(
     low_rank: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Launch the kernel on operands that were checked; low_rank is (L [rows, R], R [experts, R,
-    N]).
+    """The routed product [rows, N] of operands that were checked, by the kernel.
+
+    low_rank: (L [rows, rank] in expert order, R [experts, rank, N]), the term L[i] R[e].
     """
     y = x.new_empty((routing.rows, weight.shape[2]))
     if routing.rows == 0:
         return y
-    blocks = [(0, weight)] if isinstance(weight, Tensor) else weight.blocks(x.dtype)
+    blocks = ((0, weight),) if isinstance(weight, Tensor) else weight.blocks(x.dtype)
     for first_expert, block in blocks:
         _launch(x, block, y, routing, tile, precision, rows, low_rank, scale, first_expert)
     return y

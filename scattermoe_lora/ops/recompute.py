@@ -1,12 +1,12 @@
-"""Per-expert Gram product with one operand recomputed: out[e] = sum over rows i of p[i]^T (s z[i]
-F[e]).
+"""Per-expert Gram product with one operand recomputed from its factor.
 
-    p [., P]   z [., Z]   F [E, Z, rank]   out [E, P, rank]
+    out[e] = sum over the rows i of e of p[i]^T g[i] (s z[i] F[e])
+
+    p [., P]   z [., Z]   F [E, Z, rank]   out [E, P, rank]   g: one coefficient per slot
 
 dA^T = X^T (s dY B) and dB = dY^T (s X A^T) without saved [rows, rank] operands. Every output block
 repeats the reduction over Z, so this is the cross-check of the Gram path, and its fallback when
-nothing was
-saved.
+nothing was saved.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
-"""Moving rows: gather into expert order, and the gated sum over the choices of a token with its
-gradient.
+"""Moving rows: gather into expert order, the gated sum over a token's choices, and its gradient.
 
-group         out[i] = g[slot(i)] x[row(i)]                   rows in expert order, dropped ones
-zero combine       out[t] = sum over j of g[t, j] y[t k + j]       fp32 sum in the order of j, no
-atomics
-combine_grad  dg[t, j] = <y[t k + j], dout[t]>
+    group          out[i] = g[slot(i)] x[row(i)]               expert order, dropped rows zero
+    combine        out[t] = sum over j of g[t, j] y[t k + j]   fp32, in the order of j, no atomics
+    combine_grad   dg[t, j] = <y[t k + j], dout[t]>            fp32
+
+An element of a result belongs to one program, which sums in fp32 and rounds once.
 """
 
 import torch
@@ -75,10 +75,11 @@ def group_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     slot = tl.load(slots + row)
-    kept = tl.load(expert_of_row + row) < experts
-    value = tl.load(x.ptr + slot // fan_out * x.row + n * x.col, mask=(n < N) & kept, other=0.0)
+    expert = tl.load(expert_of_row + row)
+    columns = tl.where(expert < experts, N, 0)
+    value = tl.load(x.ptr + slot // fan_out * x.row + n * x.col, mask=n < columns, other=0.0)
     if row_scale is not None:
-        g = tl.load(row_scale + slot, mask=kept, other=0.0).to(tl.float32)
+        g = tl.load(row_scale + slot, mask=expert < experts, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) * g).to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + row * out.row + n * out.col, value, mask=n < N)
 

@@ -1,7 +1,9 @@
 """Weight gradients of routed products, one owner per output tile.
 
-dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum of dY^T (s X A^T)
-dW[e] = sum over rows of X^T dY            db[e] = sum of dY
+    dA[e] = sum over rows of (s dY B)^T X      dB[e] = sum over rows of dY^T (s X A^T)
+    dW[e] = sum over rows of X^T dY            db[e] = sum over rows of dY
+
+The rows are those of expert e; an expert without rows gets exact zeros.
 """
 
 from typing import Any
@@ -38,8 +40,7 @@ def lora_weight_grad(
     row_scale: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the adapter: dA[e] = sum g yb^T x and dB[e] = sum g dy^T xa over the rows of
-    expert e.
+    """dA[e] = sum of g yb^T x and dB[e] = sum of g dy^T xa over the rows of expert e.
 
     Args:
         x: [row_count(x_order), K]; dy: [row_count(dy_order), N], dtype of x.
@@ -117,9 +118,9 @@ def lora_grads(
             row_scale=row_scale,
         )
         return da, db
-    for name, low in (("xa", xa), ("yb", yb)):
-        if low is None:
-            raise ValueError(f"{name} is needed on the {plan.path.value} path")
+    if xa is None or yb is None:
+        missing = "xa" if xa is None else "yb"
+        raise ValueError(f"{missing} is needed on the {plan.path.value} path")
     if plan.path is Path.GRAM:
         products = (
             (x, x_order, yb, RowOrder.EXPERT, da.mT),

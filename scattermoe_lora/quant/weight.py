@@ -1,7 +1,8 @@
 """Stored experts as the weight of a routed product, decoded when it runs and not kept.
 
 The product asks for its weight block by block. A block is decoded into one buffer that the next
-block overwrites, so the transient is bounded by the caller's budget; backward decodes again.
+block overwrites, so the transient is bounded by the caller's budget; backward decodes again. Dense
+storage in the dtype of the product is handed out as it is, without a copy.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .active import chunks
-from .formats import StoredExperts
+from .formats import Dense, StoredExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +62,26 @@ class StoredWeight:
         return replace(self, ids=ids)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """(first expert, [experts of the block, K, N]) in order; a block overwrites the last one."""
+        """(first expert, [experts of the block, K, N]) in order; a block may overwrite the last."""
         experts = self.shape[0]
         ranges = [range(experts)]
         if self.budget_bytes is not None:
             ranges = chunks(self.stored, self.budget_bytes, dtype=dtype, experts=experts)
-        longest = max(len(part) for part in ranges)
-        buffer = torch.empty((longest, *self.stored.shape), dtype=dtype, device=self.device)
+        buffer = None
+        if not self._is_at_hand(dtype):
+            longest = max(len(part) for part in ranges)
+            buffer = torch.empty((longest, *self.stored.shape), dtype=dtype, device=self.device)
         for part in ranges:
             chosen = part if self.ids is None else self.ids[part.start : part.stop]
-            block = self.stored.dense(chosen, dtype=dtype, out=buffer[: len(part)])
+            out = None if buffer is None else buffer[: len(part)]
+            block = self.stored.dense(chosen, dtype=dtype, out=out).detach()
             yield part.start, block.mT if self.transposed else block
+
+    def _is_at_hand(self, dtype: torch.dtype) -> bool:
+        """Whether a block is a view of the storage, addressed as a decoded block would be."""
+        if not isinstance(self.stored, Dense) or self.ids is not None:
+            return False
+        data = self.stored.data
+        first, second = self.stored.shape
+        packed = data.stride() == (first * second, second, 1) and data.data_ptr() % 16 == 0
+        return packed and data.dtype == dtype
