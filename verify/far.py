@@ -29,7 +29,10 @@ _KEPT = ("top_k_index",)
 def far_case(spec: KernelSpec) -> Case | None:
     """A small case of a spec that stretches well, or None if it has none."""
     narrow = next((case for case in spec.cases if case.name == "narrow"), None)
-    return None if narrow is None else replace(narrow, bias=True, gated=True, name="far")
+    if narrow is None:
+        return None
+    gated = narrow.gated or spec.source.startswith("ops/")
+    return replace(narrow, bias=True, gated=gated, name="far")
 
 
 def stretched(inputs: Inputs, dim: int) -> Inputs:

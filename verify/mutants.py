@@ -179,9 +179,9 @@ class _Worker:
     done: int = 0
 
     @classmethod
-    def start(cls, context: Any, device: str) -> "_Worker":
+    def start(cls, context: Any, body: Callable[[Any, str], None], device: str) -> "_Worker":
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, device), daemon=True)
+        process = context.Process(target=body, args=(theirs, device), daemon=True)
         process.start()
         theirs.close()
         return cls(process=process, connection=ours, device=device)
@@ -204,22 +204,23 @@ def try_all(
     device: str,
     seconds: float,
     found: Callable[[Verdict], None],
+    body: Callable[[Any, str], None] = serve,
 ) -> None:
     """Try every task in `jobs` processes; `found` gets each verdict.
 
-    seconds: silence after which a mutant counts as hanging.
+    seconds: silence after which a mutant counts as hanging. body: what a process runs.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["verify.mutation_trials"])
     waiting, again = deque(tasks), set[str]()
-    workers = [_Worker.start(context, device) for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker.start(context, body, device) for _ in range(min(jobs, len(waiting)))]
     try:
         while waiting or any(worker.task for worker in workers):
             for place, worker in enumerate(workers):
                 if worker.task is None and waiting:
                     if worker.done >= _TASKS_PER_WORKER:
                         worker.stop()
-                        workers[place] = worker = _Worker.start(context, device)
+                        workers[place] = worker = _Worker.start(context, body, device)
                     # Loading a mutant, and what is drawn for its first check, take their time.
                     worker.give(waiting.popleft(), 4 * seconds)
             busy = {worker.connection: place for place, worker in enumerate(workers) if worker.task}
@@ -238,7 +239,7 @@ def try_all(
                         again.add(worker.task.id)
                         waiting.appendleft(worker.task)
                     worker.stop()
-                    workers[place] = _Worker.start(context, device)
+                    workers[place] = _Worker.start(context, body, device)
     finally:
         for worker in workers:
             worker.stop()

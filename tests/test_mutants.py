@@ -1,0 +1,184 @@
+"""The mutants: what is changed, who looks for it, and what a worker's answer or silence means."""
+
+import ast
+import time
+
+import pytest
+
+from verify import mutants
+from verify.commands.common import source_directory
+from verify.mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits
+from verify.mutation_targets import EQUIVALENT
+from verify.mutation_trials import SPECS, Task, Verdict, paths_of, trials
+
+pytestmark = pytest.mark.correctness
+
+KERNEL = '''
+def kernel(x, w, slots, begin, end, n, N, STEP):
+    """Words < that are not code."""
+    acc = tl.zeros((STEP,), tl.float32)
+    for row in range(begin, end, STEP):
+        inside = row < end
+        tile = tl.load(x.ptr + row.to(tl.int64) * x.row, mask=inside & (n < N), other=0.0)
+        acc = tl.dot(tile, w, acc)
+    if begin == end:
+        return
+    acc *= tl.minimum(slots // 2, 1)
+    tl.store(x.ptr, ~acc, mask=inside)
+'''
+CHANGES = (
+    ("comparison", "inside = row <= end"),
+    ("comparison", "if begin != end:"),
+    ("mask", "tl.load(x.ptr + row.to(tl.int64) * x.row)"),
+    ("mask", "tl.store(x.ptr, ~acc)"),
+    ("other", "other=float('nan')"),
+    ("offset", "tl.store(x.ptr + 1, ~acc, mask=inside)"),
+    ("stride", "row.to(tl.int64) * x.col"),
+    ("arithmetic", "mask=n < N, other=0.0"),
+    ("arithmetic", "tl.minimum(slots % 2, 1)"),
+    ("arithmetic", "tl.minimum(slots, 1)"),
+    ("augmented", "acc = tl.minimum"),
+    ("accumulator", "tl.dot(tile, w, acc).to(tile.dtype).to(tl.float32)"),
+    ("accumulator", "acc = tl.dot(tile, w)"),
+    ("cast", "x.ptr + row * x.row"),
+    ("branch", "if True:"),
+    ("branch", "if False:"),
+    ("loop", "range(begin, end - STEP, STEP)"),
+    ("loop", "range(begin + STEP, end, STEP)"),
+    ("neighbour", "range(begin, end + 1, STEP)"),
+    ("extremum", "tl.maximum(slots // 2, 1)"),
+    ("negation", "tl.store(x.ptr, acc, mask=inside)"),
+    ("statement", "    pass"),
+    ("constant", "slots // 3"),
+)
+
+
+def made(source, operators=KERNEL_OPERATORS):
+    return list(edits("k.py", source, ast.parse(source).body[0], operators))
+
+
+@pytest.fixture(scope="module")
+def generated():
+    return list(mutants.generated(source_directory(), list(SPECS.values())))
+
+
+@pytest.mark.parametrize(("operator", "text"), CHANGES)
+def test_an_operator_makes_its_change(operator, text):
+    own = [edit for edit in made(KERNEL) if edit.operator == operator]
+    assert any(text in edit.apply(KERNEL) for edit in own), [edit.text for edit in own]
+
+
+def test_every_mutant_parses_and_differs_from_the_others():
+    sources = [edit.apply(KERNEL) for edit in made(KERNEL)]
+    for source in sources:
+        assert ast.dump(ast.parse(source)) != ast.dump(ast.parse(KERNEL))
+    assert len(set(sources)) == len(sources)
+
+
+def test_ids_stay_when_other_lines_move():
+    moved = "# a comment\n\n" + KERNEL
+    assert [edit.id for edit in made(moved)] == [edit.id for edit in made(KERNEL)]
+
+
+def test_docstrings_and_errors_are_left_alone():
+    source = "def f(a):\n    'a < b'\n    raise ValueError(a + 1)\n"
+    assert made(source, HOST_OPERATORS) == []
+
+
+def test_ids_are_unique(generated):
+    ids = [candidate.id for candidate in generated]
+    assert len(set(ids)) == len(ids)
+
+
+def test_every_device_function_has_mutants(generated):
+    package = source_directory()
+    missing = {
+        function.name
+        for path in package.rglob("*.py")
+        for function in ast.parse(path.read_text()).body
+        if isinstance(function, ast.FunctionDef)
+        and any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    } - {candidate.kernel for candidate in generated}
+    assert missing <= {"self_test_kernel"}
+
+
+def test_every_mutant_has_checks(generated):
+    for checks in {candidate.checks for candidate in generated}:
+        assert set(paths_of(checks)) <= set(SPECS)
+        assert next(trials(checks), None) is not None, checks
+
+
+def test_mutants_made_by_hand_fit_the_sources():
+    assert mutants.stale(source_directory(), SPECS.values()) == []
+
+
+@pytest.mark.parametrize("name", sorted(mutants.BY_HAND))
+def test_eight_mutants_of_every_operation_are_made_by_hand(name):
+    assert name in SPECS
+    assert len({mutant.id for mutant in mutants.BY_HAND[name]}) >= 8
+
+
+def test_reasons_of_equivalent_mutants_are_few_and_of_mutants_that_exist(generated):
+    ids = {candidate.id for candidate in generated}
+    assert set(EQUIVALENT) <= ids, set(EQUIVALENT) - ids
+    assert len(EQUIVALENT) <= len(ids) // 20
+    assert all(len(reason.split()) >= 5 for reason in EQUIVALENT.values())
+
+
+def test_a_sample_is_seeded_and_keeps_what_was_made_by_hand(generated):
+    by_hand = list(mutants.by_hand(source_directory(), SPECS.values()))
+    every = [*by_hand, *generated]
+    first, again = (mutants.sample(every, per_kernel=2, seed=3) for _ in range(2))
+    assert [c.id for c in first] == [c.id for c in again]
+    assert [c.id for c in first] != [c.id for c in mutants.sample(every, per_kernel=2, seed=4)]
+    assert {c.id for c in by_hand} <= {c.id for c in first}
+
+
+def answering(connection, device):
+    """Hangs or dies where a task's id says so; answers others."""
+    while True:
+        task = connection.recv()
+        if task.id.startswith("hang"):
+            time.sleep(60)
+        if task.id.startswith("die"):
+            raise SystemExit(3)
+        connection.send("alive")
+        connection.send(Verdict(id=task.id, status=device, checks=1))
+
+
+def test_silence_and_death_kill_a_mutant_that_does_it_twice():
+    tasks = [Task(id=name, file="", source="", checks=()) for name in ("a", "hang", "die", "b")]
+    found = {}
+    mutants.try_all(
+        tasks,
+        jobs=2,
+        device="survived",
+        seconds=0.5,
+        found=lambda verdict: found.update({verdict.id: verdict}),
+        body=answering,
+    )
+    assert {name: verdict.status for name, verdict in found.items()} == {
+        "a": "survived",
+        "hang": "killed",
+        "die": "killed",
+        "b": "survived",
+    }
+    assert found["hang"].killed_by == {"measure": "timeout"}
+    assert found["die"].killed_by == {"measure": "crash"}
+
+
+def test_what_a_record_found_is_kept_while_the_change_is_the_same(generated):
+    one, other = generated[:2]
+    entry = mutants.as_json(one, Verdict(id=one.id, status="killed", killed_by={}, checks=1))
+    changed = {**mutants.as_json(other, Verdict(id=other.id, status="killed")), "diff": "old"}
+    known = mutants.known_verdicts([entry, changed], generated)
+    assert list(known) == [one.id]
+    assert known[one.id].status == "killed"
+
+
+def test_scores_leave_out_what_counts_nowhere():
+    statuses = ("killed", "killed", "survived", "equivalent", "invalid")
+    entries = [{"kernel": "k", "status": status} for status in statuses]
+    assert mutants.scores(entries) == {
+        "k": {"killed": 2, "total": 3, "equivalent": 1, "invalid": 1}
+    }
