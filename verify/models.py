@@ -100,7 +100,7 @@ class Linear:
     def gram(self, left: Uncertain, right: Uncertain) -> Uncertain:
         """left^T right over the rows of each expert, as the tensor cores do it."""
         if self.arithmetic.tf32:
-            left, right = left.truncated(), right.truncated()
+            left, right = left.narrowed(), right.narrowed()
         return gram(left, right, self.groups.slices)
 
     def low_rank(self) -> Uncertain:

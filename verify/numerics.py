@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 _TF32_DROPPED_BITS = 13
+_NEAR = 6
+"""Standard deviations within which an uncertain value may fall on the other side of a step."""
 _FUNCTION_EPSILON = 2.0**-21
 """Relative error allowed to exp, tanh and what is built of a few fp32 operations."""
 
@@ -45,6 +47,11 @@ def rounding_variance(value: Tensor, dtype: torch.dtype) -> Tensor:
     variance = spacing(value, dtype).square_().div_(12)
     # A stored zero is exact.
     return variance.masked_fill_(value == 0, 0)
+
+
+def tf32_spacing(value: Tensor) -> Tensor:
+    """Distance between neighbouring tf32 numbers at `value` (fp64)."""
+    return spacing(value, torch.float32) * (1 << _TF32_DROPPED_BITS)
 
 
 def truncated_to_tf32(value: Tensor) -> Tensor:
@@ -82,17 +89,29 @@ class Uncertain:
         return Uncertain(value, local, self.shared, self.drift)
 
     def truncated(self) -> "Uncertain":
-        """Read as a tf32 operand.
+        """Read as a tf32 operand, the low bits cut off.
 
-        A value that is itself uncertain may fall on the other side of a step: that moves it by
-        one step with probability (error / step), a variance of error x step.
+        A value that is itself uncertain and lies near a step may fall on its other side, which
+        moves it by one step.
         """
         value = truncated_to_tf32(self.value)
         error = self.variance
         if error.ndim == 0 and not error:
             return Uncertain(value, self.local, self.shared, self.drift)
-        step = spacing(value, torch.float32) * (1 << _TF32_DROPPED_BITS)
-        return Uncertain(value, self.local + error.sqrt() * step, self.shared, self.drift)
+        step = tf32_spacing(value)
+        above = (self.value.double() - value).abs()
+        reach = _NEAR * error.sqrt()
+        near = (above < reach) | (above > step - reach)
+        return Uncertain(value, self.local + near * step.square(), self.shared, self.drift)
+
+    def narrowed(self) -> "Uncertain":
+        """Read as a tf32 operand through registers, where low bits may be cut off or rounded.
+
+        Triton 3.6 rounds there to nearest on an H100 and cuts operands that the tensor core reads
+        from shared memory. Either error is below one step; cut off, all errors point one way.
+        """
+        bound = tf32_spacing(self.value.double()).square() / 3
+        return Uncertain(self.value, self.local, self.shared, self.drift + bound)
 
     def scaled(self, factor: float | Tensor) -> "Uncertain":
         """Times an exact factor."""

@@ -117,7 +117,9 @@ def product_plans(
         precision=lib.Precision.IEEE,
         w_map=checks.w_map(weight),
     )
-    fits = checks.fits_grouped_mm(x, weight) and rank % 8 == 0
+    # The rows of the adapter's factors are 16-byte strides too.
+    widths = (*weight.shape[1:], rank) if rank else (rank,)
+    fits = checks.fits_grouped_mm(x, weight) and all(width % 8 == 0 for width in widths)
     return plans_of(lib, problem, inputs.device, grouped_mm=fits)
 
 
