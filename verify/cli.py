@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "fuzz": "kernels on launches that nobody listed, for a time or until stopped",
     "mutants": "wrong kernels, and which of them the judge sees",
     "qualify": "everything, stage by stage, on a GPU that nobody has tried",
+    "records": "whether the committed records are there, whole and fresh",
     "replay": "findings of fuzz and failures of check, rerun exactly",
     "report": "one HTML page, and Markdown, of all records",
     "sanitize": "kernels under compute-sanitizer",

@@ -12,12 +12,13 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .run import Outcome
+from .run import Outcome, Selection
 from .spec import KernelSpec
 
 SCHEMA = 1
@@ -26,7 +27,7 @@ _INTERVAL = 10.0
 
 class Recorder:
     """Collects what a command finds and keeps its file up to date; `path` None keeps it in
-    memory.
+    memory. selection: what was asked for, where the command takes one.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Recorder:
         environment: dict[str, Any],
         seed: int,
         fingerprint: dict[str, str],
+        selection: Mapping[str, Any] | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self._path = path
@@ -49,6 +51,7 @@ class Recorder:
             "seed": seed,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint,
+            **({} if selection is None else {"selection": dict(selection)}),
         }
 
     def add(self, outcome: Outcome) -> None:
@@ -69,6 +72,11 @@ class Recorder:
         self._written = time.monotonic()
         if self._path is not None:
             write_json(self._path, self.record(complete=complete))
+
+
+def selection_of(selection: Selection) -> dict[str, Any]:
+    """A selection as plain JSON values, without its seed, which every record has."""
+    return {key: value for key, value in asdict(selection).items() if key != "seed"}
 
 
 def summary_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
@@ -97,21 +105,40 @@ def fingerprints(package: Path, kernels: Iterable[KernelSpec]) -> dict[str, str]
 
     Comments, docstrings and formatting do not count.
     """
-    return {spec.name: fingerprint(package, spec.source) for spec in kernels}
+    read = _Modules(package)
+    return {spec.name: _fingerprint(read, spec.source) for spec in kernels}
 
 
 def fingerprint(package: Path, source: str) -> str:
     """Hash of one module of the package (path relative to it) and its imports."""
-    waiting, digests = [package / source], {}
+    return _fingerprint(_Modules(package), source)
+
+
+class _Modules:
+    """Digest and imports of modules, each read once."""
+
+    def __init__(self, package: Path) -> None:
+        self.package = package
+        self._known: dict[Path, tuple[str, tuple[Path, ...]]] = {}
+
+    def __getitem__(self, path: Path) -> tuple[str, tuple[Path, ...]]:
+        if path not in self._known:
+            tree = ast.parse(path.read_text())
+            imports = tuple(_imports(self.package, path, tree))
+            text = ast.dump(_without_docstrings(tree))
+            self._known[path] = (hashlib.sha256(text.encode()).hexdigest(), imports)
+        return self._known[path]
+
+
+def _fingerprint(modules: _Modules, source: str) -> str:
+    waiting, digests = [modules.package / source], {}
     while waiting:
         path = waiting.pop()
-        name = path.relative_to(package).as_posix()
+        name = path.relative_to(modules.package).as_posix()
         if name in digests:
             continue
-        tree = ast.parse(path.read_text())
-        waiting.extend(_imports(package, path, tree))
-        text = ast.dump(_without_docstrings(tree))
-        digests[name] = hashlib.sha256(text.encode()).hexdigest()
+        digests[name], imports = modules[path]
+        waiting.extend(imports)
     joined = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(joined.encode()).hexdigest()[:16]
 

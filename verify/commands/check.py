@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..environment import environment
     from ..inputs import DTYPES, MODES
     from ..parallel import checked
-    from ..records import Recorder, fingerprints
+    from ..records import Recorder, fingerprints, selection_of
     from ..report import print_report
     from ..run import Selection
     from ..specs import KERNELS
@@ -70,6 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
         environment=environment(device),
         seed=arguments.seed,
         fingerprint=fingerprints(source_directory(), KERNELS),
+        selection=selection_of(selection),
     )
     if device.type == "cpu":
         # The interpreter's arrays are small: threads only cost.

@@ -1,0 +1,268 @@
+"""`verify records`: a good record passes, and each way to break one is seen."""
+
+import copy
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import torch
+from sample_records import MACHINE, head, outcome
+
+import scattermoe_lora
+from verify import cli
+from verify.record_check import Sources, inspect
+from verify.records import selection_of, summary_of
+from verify.run import Outcome, Selection, dtype_name
+from verify.specs import KERNELS
+
+pytestmark = pytest.mark.correctness
+
+GPU = "nvidia-h100-80gb-hbm3"
+NOW = datetime(2026, 11, 4, 10, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return Sources.of(scattermoe_lora, KERNELS)
+
+
+def counted(record):
+    """The record with a summary of its outcomes."""
+    counts = summary_of(Outcome(**item) for item in record["outcomes"])
+    return {**record, "summary": {**counts, "complete": True}}
+
+
+def made(sources, selection):
+    """A good record of a selection."""
+    problems = selection.problems(scattermoe_lora, KERNELS, torch.device("cuda"))
+    outcomes = [
+        outcome(item.spec.name, dtype_name(item.dtype), case=item.case.name, mode=item.mode)
+        for item in problems
+    ]
+    more = {"summary": {}, "selection": selection_of(selection), "outcomes": outcomes}
+    return counted(head("check", **more) | {"fingerprint": dict(sources.fingerprint)})
+
+
+@pytest.fixture(scope="module")
+def whole(sources):
+    return made(sources, Selection(quick=False))
+
+
+@pytest.fixture
+def small(sources):
+    """A good record of one kernel, to be broken."""
+    return made(sources, Selection(kernels=("combine",), cases=("smoke",), quick=False))
+
+
+@pytest.fixture
+def judged(tmp_path, sources):
+    """Writes records (file name -> values or text) of a GPU and judges them."""
+
+    def judge(records, *, release=False, gpu=GPU):
+        (tmp_path / gpu).mkdir()
+        for name, values in records.items():
+            text = values if isinstance(values, str) else json.dumps(values)
+            (tmp_path / gpu / name).write_text(text)
+        return inspect(tmp_path, sources, release=release, now=NOW)
+
+    return judge
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_whole_and_fresh_record_is_good(judged, whole, release):
+    [verdict] = judged({"check.json": whole}, release=release)
+    assert (verdict.state, verdict.fault, verdict.reason) == ("good", False, "")
+    assert verdict.age == "3 d"
+    assert verdict.refresh.startswith("python -m verify check --full --device cuda --json ")
+    assert verdict.refresh.endswith(f"{GPU}/check.json")
+
+
+def test_a_selection_is_good_until_a_release(judged, small, tmp_path, sources):
+    [verdict] = judged({"check.json": small})
+    assert (verdict.state, verdict.fault) == ("good", False)
+    assert "kernels, cases" in verdict.reason
+    [verdict] = inspect(tmp_path, sources, release=True, now=NOW)
+    assert (verdict.state, verdict.fault) == ("incomplete", True)
+
+
+def without(*path):
+    def change(record):
+        for key in path[:-1]:
+            record = record[key]
+        del record[path[-1]]
+
+    return change
+
+
+def put(value, *path):
+    def change(record):
+        for key in path[:-1]:
+            record = record[key]
+        record[path[-1]] = value
+
+    return change
+
+
+HEAD = ("schema", "command", "environment", "seed", "started", "seconds", "fingerprint", "summary")
+MALFORMED = {
+    **{f"no {key}": without(key) for key in (*HEAD, "outcomes", "selection")},
+    **{f"null {key}": put(None, key) for key in (*HEAD, "outcomes", "selection")},
+    **{f"outcome without {key}": without("outcomes", 0, key) for key in outcome("", "")},
+    "another schema": put(2, "schema"),
+    "schema is a truth value": put(json.loads("true"), "schema"),
+    "another command": put("bench", "command"),
+    "no time": put("yesterday", "started"),
+    "no time zone": put("2026-11-01T10:00:00", "started"),
+    "made by the interpreter": put({**MACHINE, "interpreted": True}, "environment"),
+    "made on another GPU": put({**MACHINE, "device": "NVIDIA L4"}, "environment"),
+    "an outcome is no object": put("passed", "outcomes", 0),
+    "an unknown status": put("fine", "outcomes", 0, "status"),
+    "unavailable without a reason": put("unavailable", "outcomes", 0, "status"),
+    "a number for a name": put(3, "outcomes", 0, "kernel"),
+    "a key that no outcome has": put(1, "outcomes", 0, "colour"),
+    "an outcome is there twice": lambda r: r["outcomes"].append(r["outcomes"][0]),
+    "summary counts more": put(10**6, "summary", "passed"),
+    "summary lacks a count": without("summary", "errors"),
+    "summary without complete": without("summary", "complete"),
+    "selection without quick": without("selection", "quick"),
+    "selection of more": put([], "selection", "plans"),
+    "kernels are no list": put("combine", "selection", "kernels"),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
+def test_malformed(judged, small, change):
+    broken = copy.deepcopy(small)
+    change(broken)
+    [verdict] = judged({"check.json": broken})
+    assert (verdict.state, verdict.fault) == ("malformed", True)
+    assert verdict.reason
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
+def test_what_is_no_record_is_malformed(judged, text):
+    [verdict] = judged({"check.json": text})
+    assert (verdict.state, verdict.fault) == ("malformed", True)
+
+
+@pytest.mark.parametrize("status", ["failed", "error"])
+def test_a_failure_counts(judged, small, status):
+    small["outcomes"][1] |= {"status": status, "reason": "wrong"}
+    [verdict] = judged({"check.json": counted(small)})
+    assert (verdict.state, verdict.fault) == ("failed", True)
+    assert "combine" in verdict.reason
+
+
+def test_unavailable_with_a_reason_is_good(judged, small):
+    small["outcomes"][1] |= {"status": "unavailable", "reason": "no tensor maps"}
+    [verdict] = judged({"check.json": counted(small)})
+    assert verdict.state == "good"
+
+
+def interrupted(record):
+    record["summary"]["complete"] = False
+    return record
+
+
+def one_less(record):
+    del record["outcomes"][3]
+    return counted(record)
+
+
+def one_more(record):
+    record["outcomes"][3] |= {"case": "a case of old"}
+    return counted(record)
+
+
+def nothing(record):
+    record["outcomes"] = []
+    record["selection"]["kernels"] = ["nobody"]
+    return counted(record)
+
+
+def wider(record):
+    record["selection"]["kernels"] = []
+    return record
+
+
+@pytest.mark.parametrize("change", [interrupted, one_less, one_more, nothing, wider])
+def test_incomplete(judged, small, change):
+    [verdict] = judged({"check.json": change(small)})
+    assert (verdict.state, verdict.fault) == ("incomplete", True)
+
+
+def test_one_problem_missing_of_all_is_named(judged, whole):
+    short = {**whole, "outcomes": whole["outcomes"][1:]}
+    gone = whole["outcomes"][0]
+    [verdict] = judged({"check.json": counted(short)})
+    assert verdict.state == "incomplete"
+    assert f"1 missing: {gone['kernel']} {gone['case']} {gone['dtype']}" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("0123456789abcdef", "fingerprint", "combine"),
+        without("fingerprint", "combine"),
+        put("0123456789abcdef", "fingerprint", "a_kernel_of_old"),
+    ],
+    ids=["changed", "new", "gone"],
+)
+def test_stale(judged, small, change):
+    change(small)
+    [verdict] = judged({"check.json": small})
+    assert (verdict.state, verdict.fault) == ("stale", True)
+    assert "1 of " in verdict.reason
+
+
+def test_missing(judged, tmp_path, sources, small):
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        [verdict] = inspect(directory, sources)
+        assert (verdict.state, verdict.fault, verdict.age) == ("missing", True, "-")
+    (tmp_path / "nvidia-l4").mkdir()
+    states = {verdict.record: verdict.state for verdict in judged({"check.json": small})}
+    assert states == {f"{GPU}/check.json": "good", "nvidia-l4/check.json": "missing"}
+
+
+def test_other_records_are_demanded_only_for_a_release(judged, whole, tmp_path, sources):
+    today = dict(sources.fingerprint)
+    others = {
+        "bench.json": head("bench", summary={}) | {"fingerprint": today},
+        "mutants.json": head("mutants", summary={"complete": True}),
+        "train.json": head("train", summary={"complete": False}) | {"fingerprint": today},
+        "compile-3.6.0.json": head("compile", summary={}) | {"fingerprint": {}},
+    }
+    wanted = {"bench": "good", "mutants": "stale", "train": "incomplete", "compile-3.6.0": "good"}
+    for release in (False, True):
+        if release:
+            verdicts = inspect(tmp_path, sources, release=True, now=NOW)
+        else:
+            verdicts = judged({"check.json": whole, **others})
+        found = {v.record: (v.state, v.fault) for v in verdicts if "check" not in v.record}
+        assert found == {
+            f"{GPU}/{name}.json": (state, release and state != "good")
+            for name, state in wanted.items()
+        }
+        assert all(verdict.days == timedelta(days=3).days for verdict in verdicts)
+
+
+def test_other_records_are_well_formed(judged, whole):
+    bad = head("fuzz", summary={})
+    del bad["environment"]
+    verdicts = judged({"check.json": whole, "fuzz.json": bad})
+    assert {v.record: (v.state, v.fault) for v in verdicts} == {
+        f"{GPU}/check.json": ("good", False),
+        f"{GPU}/fuzz.json": ("malformed", True),
+    }
+
+
+def test_the_command(tmp_path, judged, whole, capsys):
+    record, words = tmp_path / "out.json", ["records", "--directory", str(tmp_path)]
+    assert cli.main(words) == 1
+    assert "no GPU has records" in capsys.readouterr().out
+    judged({"check.json": whole, "bench.json": head("bench", summary={})})
+    assert cli.main([*words, "--json", str(record)]) == 0
+    assert "stale" in capsys.readouterr().out
+    listed = json.loads(record.read_text())["records"]
+    assert [item["state"] for item in listed] == ["stale", "good"]
+    assert cli.main([*words, "--release"]) == 1

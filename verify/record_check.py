@@ -1,0 +1,282 @@
+"""Whether the committed records still stand in for a GPU: well-formed, whole, good and fresh.
+
+A directory of records holds one directory per GPU. Each must have a `check.json`; what other
+commands found is read too, and must be fresh only for a release.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .environment import gpu_directory_name
+from .records import SCHEMA, fingerprints, selection_of, summary_of
+from .run import Outcome, Selection, dtype_name
+from .spec import KernelSpec
+
+CHECK = "check.json"
+GOOD = "good"
+_HEAD: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "command": (str,),
+    "environment": (dict,),
+    "seed": (int,),
+    "started": (str,),
+    "seconds": (int, float),
+    "fingerprint": (dict,),
+    "summary": (dict,),
+}
+_STATUSES = ("passed", "failed", "error", "unavailable")
+_KEY = ("kernel", "case", "dtype", "mode")
+_WORDS = (*_KEY, "path", "plan", "status", "measure", "reason")
+_OPTIONS = {"check": ("--full",), "mutants": ("--full",), "fuzz": ("--minutes", "20")}
+_WITHOUT_DEVICE = ("compile", "qualify")
+_SHOWN = 4
+
+Key = tuple[str, str, str, str]
+"""Kernel, case, dtype and mode of one problem."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Today's sources: hash of each kernel, and the problems of a selection."""
+
+    fingerprint: Mapping[str, str]
+    enumerate: Callable[[Selection], frozenset[Key]]
+
+    @classmethod
+    def of(cls, lib: ModuleType, kernels: tuple[KernelSpec, ...]) -> "Sources":
+        """The sources of a package; needs no GPU."""
+
+        @cache
+        def enumerated(selection: Selection) -> frozenset[Key]:
+            problems = selection.problems(lib, kernels, torch.device("cuda"))
+            return frozenset(
+                (item.spec.name, item.case.name, dtype_name(item.dtype), item.mode)
+                for item in problems
+            )
+
+        found = fingerprints(Path(lib.__path__[0]), kernels)
+        return cls(fingerprint=found, enumerate=enumerated)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is to be said of one record.
+
+    state: good, missing, malformed, failed, incomplete or stale. fault: whether it counts. days:
+    its age, or None where it is not known. reason: in words. refresh: the command that makes it.
+    """
+
+    record: str
+    state: str
+    fault: bool
+    days: float | None
+    reason: str
+    refresh: str
+
+    @property
+    def age(self) -> str:
+        """Its age in days or hours."""
+        if self.days is None:
+            return "-"
+        return f"{self.days:.0f} d" if self.days >= 2 else f"{24 * self.days:.0f} h"
+
+
+def inspect(
+    directory: Path, sources: Sources, *, release: bool = False, now: datetime | None = None
+) -> tuple[Verdict, ...]:
+    """Judge `<directory>/<gpu>/*.json`. release: every record counts, and a check must be full.
+
+    `now` is the time that ages are counted from.
+    """
+    moment = now or datetime.now(UTC)
+    machines = sorted(path for path in directory.glob("*") if path.is_dir())
+    found: list[Verdict] = []
+    for machine in machines or [directory / "<gpu>"]:
+        files = sorted({machine / CHECK, *machine.glob("*.json")})
+        found += [_verdict(file, sources, release=release, now=moment) for file in files]
+    return tuple(found)
+
+
+def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> Verdict:
+    name, required = f"{file.parent.name}/{file.name}", file.name == CHECK
+    days, command = None, file.stem
+    if not file.is_file():
+        what = "there is no such record" if file.parent.is_dir() else "no GPU has records"
+        state, reason = "missing", f"{what}: {file}"
+    else:
+        try:
+            record = _read(file)
+            command = record["command"]
+            days = (now - datetime.fromisoformat(record["started"])).total_seconds() / 86400
+            judge = _judge_check if required else _judge_other
+            state, reason = judge(record, sources, release=release)
+        except ValueError as error:
+            state, reason = "malformed", str(error)
+    fault = state != GOOD and (required or release or state == "malformed")
+    return Verdict(
+        record=name,
+        state=state,
+        fault=fault,
+        days=days,
+        reason=reason,
+        refresh=refresh_command(command, file),
+    )
+
+
+def refresh_command(command: str, file: Path) -> str:
+    """The command line that makes a record anew."""
+    path = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    device = () if command in _WITHOUT_DEVICE else ("--device", "cuda")
+    words = ("python -m verify", command, *_OPTIONS.get(command, ()), *device)
+    return " ".join((*words, "--json", str(path)))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A record with a good head.
+
+    Raises:
+        ValueError: it is not JSON, or a key is missing or of the wrong type.
+    """
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    _demand_types(record, _HEAD, "the record")
+    if record["schema"] != SCHEMA:
+        raise ValueError(f"schema is {record['schema']}, and this reads {SCHEMA}")
+    try:
+        started = datetime.fromisoformat(record["started"])
+    except ValueError as error:
+        raise ValueError(f"started is {record['started']!r}, not a time") from error
+    if started.tzinfo is None:
+        raise ValueError(f"started is {record['started']!r}, without a time zone")
+    device = record["environment"].get("device")
+    if record["environment"].get("interpreted") and file.name == CHECK:
+        raise ValueError(f"it was made by the interpreter on {device}, not on a GPU")
+    if file.name == CHECK and gpu_directory_name(str(device)) != file.parent.name:
+        raise ValueError(f"it was made on {device!r}, and its directory is {file.parent.name}")
+    return record
+
+
+def _demand_types(value: Any, wanted: Mapping[str, tuple[type, ...]], what: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {type(value).__name__}, not an object")
+    missing = [key for key in wanted if key not in value]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    for key, types in wanted.items():
+        # A truth value is an int to Python, not to a record.
+        if type(value[key]) not in types:
+            names = " or ".join(item.__name__ for item in types)
+            raise ValueError(f"{key} of {what} is {type(value[key]).__name__}, not {names}")
+
+
+def _judge_check(record: dict[str, Any], sources: Sources, *, release: bool) -> tuple[str, str]:
+    """State and reason of a record of `check`."""
+    outcomes, selection = _outcomes(record), _selection(record)
+    bad = [item for item in outcomes if item.status in ("failed", "error")]
+    if bad:
+        return "failed", f"{len(bad)} of {len(outcomes)} outcomes are no success: {bad[0]}"
+    if not record["summary"]["complete"]:
+        return "incomplete", f"the run was interrupted after {len(outcomes)} outcomes"
+    wanted = sources.enumerate(selection)
+    have = {(item.kernel, item.case, item.dtype, item.mode) for item in outcomes}
+    if have != wanted or not have:
+        parts = (("missing", wanted - have), ("not enumerated by the specs", have - wanted))
+        texts = [f"{len(keys)} {what}: {_few(map(' '.join, keys))}" for what, keys in parts if keys]
+        return "incomplete", "; ".join(texts) or "its selection takes nothing"
+    stale = _stale(record["fingerprint"], sources.fingerprint, every=True)
+    if stale:
+        return "stale", stale
+    narrowed = [key for key, value in selection_of(selection).items() if value]
+    if narrowed:
+        text = f"whole, but of a selection only: {', '.join(narrowed)}"
+        return ("incomplete" if release else GOOD), text
+    return GOOD, ""
+
+
+def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> tuple[str, str]:  # noqa: ARG001
+    """State and reason of a record of another command."""
+    if record["summary"].get("complete") is False:
+        return "incomplete", "the run was interrupted"
+    stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
+    return ("stale", stale) if stale else (GOOD, "")
+
+
+def _outcomes(record: dict[str, Any]) -> list[Outcome]:
+    """The outcomes of a record of `check`.
+
+    Raises:
+        ValueError: they are not well-formed, or the summary counts others.
+    """
+    if record["command"] != "check":
+        raise ValueError(f"its command is {record['command']!r}, not 'check'")
+    found = record.get("outcomes")
+    if not isinstance(found, list):
+        raise ValueError("the record lacks a list of outcomes")
+    names = {item.name for item in fields(Outcome)}
+    for place, outcome in enumerate(found):
+        _demand_types(outcome, dict.fromkeys(_WORDS, (str,)), f"outcome {place}")
+        if set(outcome) != names:
+            raise ValueError(
+                f"outcome {place} has keys {sorted(outcome)}, an outcome has {sorted(names)}"
+            )
+        if outcome["status"] not in _STATUSES:
+            raise ValueError(f"status of outcome {place} is {outcome['status']!r}")
+        if outcome["status"] == "unavailable" and not outcome["reason"]:
+            raise ValueError(f"outcome {place} is unavailable without a reason")
+    outcomes = [Outcome(**item) for item in found]
+    twice = [key for key, times in Counter(item.key for item in outcomes).items() if times > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} outcomes are there twice: {_few(map(' '.join, twice))}")
+    counts, summary = summary_of(outcomes), record["summary"]
+    for key, count in counts.items():
+        if summary.get(key) != count:
+            raise ValueError(f"its summary says {key} {summary.get(key)}, its outcomes say {count}")
+    if not isinstance(summary.get("complete"), bool):
+        raise ValueError("its summary does not say whether it is complete")
+    return outcomes
+
+
+def _selection(record: dict[str, Any]) -> Selection:
+    """What a record of `check` was asked for.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    selected: Any = record.get("selection")
+    wanted: dict[str, tuple[type, ...]] = {
+        key: (bool,) if key == "quick" else (list,) for key in selection_of(Selection())
+    }
+    _demand_types(selected, wanted, "the selection")
+    extra = sorted(set(selected) - set(wanted))
+    if extra:
+        raise ValueError(f"the selection has {', '.join(extra)}, which no selection has")
+    values: dict[str, Any] = {
+        key: tuple(map(str, value)) if key != "quick" else value for key, value in selected.items()
+    }
+    return Selection(**values)
+
+
+def _stale(recorded: Mapping[str, Any], today: Mapping[str, str], *, every: bool) -> str:
+    """Which kernels changed since; every: those that are not recorded count as well."""
+    names = set(recorded) | (set(today) if every else set())
+    changed = [name for name in names if recorded.get(name) != today.get(name)]
+    if not changed:
+        return ""
+    return f"{len(changed)} of {len(names)} kernels changed since: {_few(changed)}"
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
