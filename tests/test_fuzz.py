@@ -127,6 +127,8 @@ def test_on_a_large_gpu_some_draws_pass_32_bit_offsets(drawing):
         elements = (case.experts * case.k_in * case.n_out, case.rows * case.k_in)
         assert max(elements) > 2**31
         assert memory_of(case, 2) < memory
+    assert any(case.case.experts > 100 for case in found)
+    assert any(case.case.rows * case.case.k_in > 2**31 for case in found)
     small = replace(large, limits=limits_of(8 * 2**30, 4))
     assert [small.beyond() for _ in range(20)] == [None] * 20
 

@@ -42,7 +42,8 @@ _BEYOND = 2**31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How large a draw may be. memory: bytes. work: K N (rows + experts), which the truth costs
+    """How large a draw may be. memory: bytes. beyond: bytes for launches that pass 2^31 elements.
+    work: K N (rows + experts), which the truth costs
     in fp64.
     """
 
@@ -52,6 +53,7 @@ class Limits:
     rank: int
     memory: float
     work: float
+    beyond: float = 0.0
 
     def allow(self, case: Case, itemsize: int) -> bool:
         """Whether a case is small enough."""
@@ -67,7 +69,15 @@ def limits_of(memory: int, workers: int) -> Limits:
     if not memory:
         return INTERPRETER
     share = 0.6 * memory / workers
-    return Limits(tokens=8192, width=4096, experts=256, rank=256, memory=share, work=4e10)
+    return Limits(
+        tokens=8192,
+        width=4096,
+        experts=256,
+        rank=256,
+        memory=share,
+        work=4e10,
+        beyond=0.6 * memory,
+    )
 
 
 def memory_of(case: Case, itemsize: int) -> float:
@@ -168,7 +178,7 @@ class Drawing:
             }
             case = replace(draw.case, tokens=_BEYOND // 8192 + 77, **sizes)
         case = replace(case, name="beyond", routing=RoutingKind("uniform"))
-        if memory_of(case, 2) > 2.2 * self.limits.memory or draw.dtype == "float32":
+        if memory_of(case, 2) > self.limits.beyond or draw.dtype == "float32":
             return None
         return replace(draw, case=case, mode="balanced", stretch=True)
 

@@ -302,6 +302,9 @@ class Campaign:
         kind = "" if draw is None or (facts["kind"] == "memory" and draw.stretch) else facts["kind"]
         launched = draw or asked
         assert launched is not None
+        if kind == "memory" and any(p.draw and p.draw.stretch for p in self._processes):
+            self._again.append(launched)
+            kind = ""
         self._judged(process, launched, kind, facts["outcome"], facts["seconds"])
 
     def _bury(self, process: Process) -> None:

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,19 @@ def page_of(found: Found, *, fingerprint: Mapping[str, str], now: datetime | Non
         title="scattermoe_lora: what is verified",
         made=now.isoformat(timespec="minutes"),
         tiles=tuple(_tiles(found)),
-        sections=sections,
+        sections=tuple(_of_one_machine(section) for section in sections),
         refused=found.refused,
     )
+
+
+def _of_one_machine(section: Section) -> Section:
+    """Without the column of machines, if all rows are of one."""
+    machines = {row[0] for row in section.rows}
+    if section.columns[:1] != ("machine",) or len(machines) != 1:
+        return section
+    words = f"{section.intro} On {machines.pop()}.".strip()
+    rows = tuple(row[1:] for row in section.rows)
+    return replace(section, columns=section.columns[1:], rows=rows, intro=words)
 
 
 def render(page: Page, template: str) -> str:

@@ -36,7 +36,9 @@ class Axis:
     def ticks(self) -> list[float]:
         """Powers of ten, and 2 and 5 times these where the axis is short."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        steps = (1, 2, 5) if last - first <= 2 else (1,)
+        steps: tuple[float, ...] = (1, 2, 5) if last - first <= 2 else (1,)
+        if self.high / self.low < 10:
+            steps = (1, 1.5, 2, 3, 5, 7)
         values = [step * 10.0**power for power in range(first, last + 1) for step in steps]
         return [value for value in values if self.low <= value <= self.high * 1.0001]
 
