@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import sample_records
 
-from verify.html_report import collect, page_of, render
+from verify.html_report import page_of, render
 from verify.plots import Point, bars, lines, roofline
+from verify.report_records import collect
 
 pytest.importorskip("jinja2", reason="the report needs the dev extra")
 ROOT = Path(__file__).parent.parent

@@ -1,16 +1,15 @@
 """Records as one page: HTML without script or request, and Markdown for a job summary."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .plots import Point, bars, lines, roofline
+from .report_records import Found, Page, Section, Source, Tile
 
-_NEEDED = ("schema", "command", "environment", "started", "summary")
 _TEMPLATES = Path(__file__).parent / "templates"
 _REFRESH = {
     "check": "python -m verify check --full",
@@ -23,115 +22,6 @@ _REFRESH = {
 }
 _MOST = 200
 """Failures that are shown one by one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One record that was read. name: where from, as it is shown."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    @property
-    def command(self) -> str:
-        """What wrote it."""
-        return str(self.values["command"])
-
-    @property
-    def machine(self) -> str:
-        """Its device, told apart from the interpreter."""
-        environment = self.values["environment"]
-        words = " (interpreter)" if environment.get("interpreted") else ""
-        return f"{environment.get('device')}{words}"
-
-    @property
-    def started(self) -> str:
-        """When it was made, as text that sorts."""
-        return str(self.values["started"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """Records, and what could not be read as one: (name, why)."""
-
-    sources: tuple[Source, ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
-
-    def of(self, command: str) -> list[Source]:
-        """The records of a command, newest first, one per machine and name."""
-        mine = [source for source in self.sources if source.command == command]
-        return sorted(mine, key=lambda source: source.started, reverse=True)
-
-    def newest(self, command: str) -> list[Source]:
-        """The newest record of a command on each machine."""
-        return list({source.machine: source for source in reversed(self.of(command))}.values())
-
-
-def collect(paths: Iterable[Path]) -> Found:
-    """Read the records in files, and in directories and below."""
-    sources, refused = [], []
-    for path in paths:
-        base = path if path.is_dir() else path.parent
-        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
-            name = file.relative_to(base).as_posix()
-            try:
-                values = json.loads(file.read_text())
-                missing = [key for key in _NEEDED if key not in values]
-            except (OSError, ValueError, TypeError) as error:
-                refused.append((name, f"{type(error).__name__}: {error}"))
-                continue
-            if missing == list(_NEEDED) or values.get("command") in ("finding", "replay"):
-                continue
-            if missing:
-                refused.append((name, f"it has no {', '.join(missing)}"))
-            else:
-                sources.append(Source(name=name, values=values))
-    return Found(sources=tuple(sources), refused=tuple(refused))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """One number at the head of the page. state: good, bad or none."""
-
-    title: str
-    value: str
-    note: str = ""
-    state: str = "none"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A table with a heading, plots above it, and folded details below: (title, text)."""
-
-    id: str
-    title: str
-    intro: str = ""
-    plots: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    folds: tuple[tuple[str, str], ...] = ()
-    command: str = ""
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return not (self.rows or self.plots or self.folds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """All that the templates show."""
-
-    title: str
-    made: str
-    tiles: tuple[Tile, ...]
-    sections: tuple[Section, ...]
-    refused: tuple[tuple[str, str], ...] = field(default=())
-
-    @property
-    def good(self) -> bool:
-        """Whether no tile is bad."""
-        return all(tile.state != "bad" for tile in self.tiles)
 
 
 def page_of(found: Found, *, fingerprint: Mapping[str, str], now: datetime | None = None) -> Page:

@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Write what was asked for, Markdown to standard output if nothing was."""
     prepare("cpu")
-    from ..html_report import collect, page_of, render
+    from ..html_report import page_of, render
     from ..records import fingerprints, write_json
+    from ..report_records import collect
     from ..specs import KERNELS
 
     absent = [path for path in arguments.records if not path.exists()]
