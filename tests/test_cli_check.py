@@ -73,7 +73,7 @@ def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(SystemExit, match="nonsense is none of .*scatter2scatter"):
+    with pytest.raises(SystemExit, match=r"nonsense is none of .*scatter2scatter"):
         cli.main(["--kernels", "nonsense", "--device", DEVICE])
 
 

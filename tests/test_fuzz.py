@@ -21,9 +21,10 @@ from verify.cases import EDGES, SMOKE
 from verify.coverage import Coverage, boundaries, features, tails
 from verify.drawing import INTERPRETER, Drawing, form_of, limits_of, memory_of
 from verify.draws import Draw, decoded, encoded
-from verify.findings import plain, read, signature
+from verify.findings import read, signature
 from verify.fuzz import Campaign, Settings
 from verify.fuzz_worker import is_fixed, plan_pool
+from verify.records import plain
 from verify.routings import RoutingKind
 from verify.shrink import Shrinking, possible, shrink
 from verify.specs import KERNELS

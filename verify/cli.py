@@ -1,6 +1,7 @@
 """The command line: `python -m verify [command] ...`; without a command it is `check`.
 
-A command is a module `verify.commands.<name>` with `HELP`, `add_arguments(parser)` and `main(arguments) -> int`.
+A command is a module `verify.commands.<name>` with `add_arguments(parser)` and
+`main(arguments) -> int`.
 Modules are imported when their command is run: what imports Triton waits until the device is
 chosen.
 """

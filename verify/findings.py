@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .draws import Draw
-from .records import SCHEMA, write_json
+from .records import SCHEMA, plain, write_json
 from .run import Outcome, Problem
 
 KINDS = ("wrong", "error", "compile", "memory", "crash", "hang")
@@ -140,17 +139,6 @@ def write(directory: Path, finding: Finding, *, name: str = "") -> Path:
     path = directory / (name or finding.file_name)
     write_json(path, plain(finding.as_json()))
     return path
-
-
-def plain(value: Any) -> Any:
-    """JSON values with the floats that JSON has not as words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
 
 
 def read(path: Path) -> Finding:

@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .coverage import DIMENSIONS, missing_paths
-from .findings import Finding, plain
+from .findings import Finding
 from .fuzz import Campaign
-from .records import SCHEMA
+from .records import SCHEMA, plain
 
 REPLAY = "python -m verify replay"
 

@@ -10,6 +10,7 @@ summary.complete false.
 import ast
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -91,11 +92,22 @@ def summary_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
     }
 
 
+def plain(value: Any) -> Any:
+    """JSON values with the floats that JSON has not as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON through a temporary file beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
 
 

@@ -1,8 +1,8 @@
 """Every kernel that is verified. Adding one is one entry here."""
 
 from ..spec import KernelSpec
-from .gradients import EXPERT_BIAS_GRAD, EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
 from .glu import GLU_BACKWARD, GLU_FORWARD
+from .gradients import EXPERT_BIAS_GRAD, EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
 from .layer import EXPERTS_MLP
 from .linear import LORA_FORWARD, LORA_INPUT_GRAD, SCATTER2SCATTER, SHRINK
 from .projection import EXPERT_LINEAR
