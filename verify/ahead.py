@@ -75,6 +75,8 @@ class Compiled:
     shared: int
     matrix: Mapping[str, int]
     cubin: int
+    key: str = field(repr=False, default="")
+    """Hash of source, signature, constants and options: equal for one variant."""
     ptx: str = field(repr=False, default="")
     dots: int = 0
 
@@ -196,6 +198,7 @@ def _facts(kernel: Any, built: Any) -> Compiled:
         shared=int(built.metadata.shared),
         matrix=dict(sorted(Counter(_MATRIX.findall(sass)).items())),
         cubin=len(cubin),
+        key=str(built.metadata.hash),
         ptx=ptx,
         dots=built.asm["ttir"].count("tt.dot "),
     )

@@ -237,7 +237,7 @@ def try_all(
                         found(_died(worker.task, how, seconds))
                     else:
                         again.add(worker.task.id)
-                        waiting.appendleft(worker.task)
+                        waiting.append(worker.task)
                     worker.stop()
                     workers[place] = _Worker.start(context, body, device)
     finally:

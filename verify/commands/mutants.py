@@ -15,9 +15,9 @@ from rich.text import Text
 
 from .common import add_common, check_names, prepare, source_directory
 
-_FAST_PER_KERNEL = 6
+_FAST_PER_KERNEL = 3
 _FAST_CHECKS = 30
-_SECONDS = {"cpu": 45.0, "cuda": 120.0}
+_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 _INTERVAL = 10.0
 
 

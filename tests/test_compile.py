@@ -1,0 +1,110 @@
+"""Compiling for architectures that are not at hand, and how many variants a plan compiles."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.correctness, pytest.mark.compile]
+
+# Triton interprets in this process, so others compile.
+SWEEP = """
+import importlib, json, sys
+from dataclasses import replace
+from verify import compile_check as check
+from verify.ahead import ARCHITECTURES, compiling
+
+lib = importlib.import_module(check.PACKAGE)
+importlib.import_module(check.PACKAGE + ".quant")
+hopper, answer = ARCHITECTURES[90], {}
+base = replace(check.QWEN3, k=256, n=128, experts=16, top_k=2, tokens=512)
+wanted = json.loads(sys.argv[1])
+jobs = [check.Job(architecture=90, operation=o, path=p, shape=base) for o, p in wanted]
+for job in jobs:
+    plan = None
+    if job.path != "default":
+        plan = check._plans(lib, job.operation, job.path, base, hopper)[0]
+    variants = set()
+    for tokens in (1, 2, 7, 16, 100, 512, 4096):
+        for experts in (16, 23):
+            shape = replace(base, tokens=tokens, experts=experts)
+            swept = replace(job, shape=shape)
+            with compiling(lib, hopper) as found:
+                if plan is None:
+                    check._call_plain(lib, swept)
+                else:
+                    check._call_planned(lib, swept, plan)
+            variants |= {(item.kernel, item.key) for item in found}
+    answer[f"{job.operation} {job.path}"] = sorted(name for name, _ in variants)
+json.dump(answer, sys.stdout)
+"""
+SWEPT = {
+    ("scatter2scatter", "tiles"): ["scatter2scatter_kernel"],
+    ("lora_forward", "epilogue"): ["scatter2scatter_kernel"] * 2,
+    ("lora_forward", "fused"): ["fused_kernel"],
+    ("lora_weight_grad", "gram"): ["gram_kernel"],
+    ("group", "default"): ["group_kernel"],
+    ("combine", "default"): ["combine_kernel"],
+    ("combine_grad", "default"): ["combine_grad_kernel"],
+    ("expert_bias_grad", "default"): ["expert_bias_grad_kernel"],
+    ("glu_forward", "default"): ["glu_forward_kernel"],
+    ("glu_backward", "default"): ["glu_backward_kernel"],
+    ("routing", "default"): ["count_kernel", "place_kernel", "row_tiles_kernel"],
+}
+
+
+def compiled(*words, check=True):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", *words]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert not check or ran.returncode == 0, ran.stderr[-2000:]
+    return ran
+
+
+def test_tokens_and_experts_need_no_other_variant():
+    ran = compiled("-c", SWEEP, json.dumps([list(key) for key in SWEPT]))
+    assert json.loads(ran.stdout) == {" ".join(key): names for key, names in SWEPT.items()}
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory):
+    """A baseline of the cheapest operation on two architectures."""
+    path = tmp_path_factory.mktemp("baseline") / "compile.json"
+    compiled(*command(path), "--accept")
+    return path
+
+
+def command(path):
+    words = ["-m", "verify", "compile", "--arch", "80", "90", "--operations", "combine"]
+    return (*words, "--jobs", "1", "--baseline", str(path))
+
+
+def test_what_was_accepted_is_found_again(accepted, tmp_path):
+    ran = compiled(*command(accepted), "--json", str(tmp_path / "compile.json"))
+    record = json.loads((tmp_path / "compile.json").read_text())
+    assert ran.returncode == 0
+    assert record["summary"]["passed"] == record["summary"]["total"] == 2
+    assert record["summary"]["complete"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("registers", 255), ("stack", 64), ("matrix", {})])
+def test_a_difference_fails(accepted, tmp_path, name, value):
+    baseline = json.loads(accepted.read_text())
+    job, (kernel,) = next(iter(baseline["kernels"].items()))
+    kernel[name] = {"HGMMA": 7} if name == "matrix" else value
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(baseline))
+    ran = compiled(*command(changed), check=False)
+    assert ran.returncode == 1
+    assert job in ran.stdout
+    assert name in ran.stdout
+
+
+def test_an_interpreting_process_refuses():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-m", "verify", "compile", "--arch", "90"]
+    ran = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode != 0
+    assert "TRITON_INTERPRET" in ran.stderr
