@@ -132,6 +132,7 @@ EDGES: tuple[Case, ...] = (
     _small("boundary-32", routing="boundary:32:1", tokens=63, bias=True),
     _small("boundary-64", routing="boundary:64:2", tokens=96, experts=3),
     _small("boundary-128", routing="boundary:128:0", tokens=256, top_k=1, experts=2, k_in=64),
+    _small("boundary-wide", routing="boundary:16:0", tokens=31, k_in=24, n_out=300),
     _small("alternating", routing="alternating", experts=6, tokens=51),
     _small("zipf", routing="zipf", experts=8, tokens=60, top_k=3, rank=8),
     _small("power", routing="power:3", experts=8, tokens=60, source="SLOT"),

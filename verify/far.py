@@ -19,20 +19,23 @@ from .compare import compare
 from .expected import Expected
 from .inputs import Inputs
 from .models import Arithmetic
-from .spec import KernelSpec, NamedPlan
+from .spec import KernelSpec
 
 _SPAN = 2**31 + 2**20
 FAR_DIMS = (-1, -2, -3)
 _KEPT = ("top_k_index",)
 
 
-def far_case(spec: KernelSpec) -> Case | None:
-    """A small case of a spec that stretches well, or None if it has none."""
+def far_cases(spec: KernelSpec) -> tuple[Case, ...]:
+    """Small cases of a spec that stretch well: rows by token, and where it takes them by expert."""
     narrow = next((case for case in spec.cases if case.name == "narrow"), None)
     if narrow is None:
-        return None
+        return ()
     gated = narrow.gated or spec.source.startswith("ops/")
-    return replace(narrow, bias=True, gated=gated, name="far")
+    first = replace(narrow, bias=True, gated=gated, name="far")
+    if not any(case.source == "EXPERT" for case in spec.cases):
+        return (first,)
+    return first, replace(first, source="EXPERT", target="SLOT", name="far-by-expert")
 
 
 def stretched(inputs: Inputs, dim: int) -> Inputs:
@@ -68,24 +71,23 @@ class FarBench:
 
     def __init__(self, prepare: Callable[[ModuleType, KernelSpec, Inputs], Any]) -> None:
         self.prepare = prepare
-        self._known: dict[str, Far | None] = {}
+        self._known: dict[str, tuple[Far, ...]] = {}
 
     def ratios(
         self, lib: ModuleType, spec: KernelSpec, paths: tuple[str, ...]
-    ) -> Iterator[tuple[NamedPlan, int, float]]:
-        """(plan, stretched dimension, worst error over its limit) of every quick plan."""
+    ) -> Iterator[tuple[str, str, float]]:
+        """(path, case and stretched dimension, worst error over its limit) of every quick plan."""
         if spec.name not in self._known:
-            self._known[spec.name] = _far_of(spec)
-        known = self._known[spec.name]
-        if known is None:
-            return
-        prepared = self.prepare(lib, spec, known.inputs)
-        for dim, apart in known.apart.items():
-            inputs = replace(apart, prepared=prepared)
-            for plan in spec.plans(lib, inputs):
-                if plan.quick and not plan.unavailable and (not paths or plan.path in paths):
-                    outputs = spec.run(lib, inputs, plan.plan)
-                    yield plan, dim, _worst(outputs, known)
+            self._known[spec.name] = tuple(_far_of(spec, case) for case in far_cases(spec))
+        for known in self._known[spec.name]:
+            prepared = self.prepare(lib, spec, known.inputs)
+            for dim, apart in known.apart.items():
+                inputs = replace(apart, prepared=prepared)
+                name = f"{known.inputs.case.name}, dimension {dim}"
+                for plan in spec.plans(lib, inputs):
+                    if plan.quick and not plan.unavailable and (not paths or plan.path in paths):
+                        outputs = spec.run(lib, inputs, plan.plan)
+                        yield plan.path, name, _worst(outputs, known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +99,7 @@ class Far:
     apart: Mapping[int, Inputs]
 
 
-def _far_of(spec: KernelSpec) -> Far | None:
-    case = far_case(spec)
-    if case is None:
-        return None
+def _far_of(spec: KernelSpec, case: Case) -> Far:
     mode = "exact" if "exact" in spec.modes else "balanced"
     inputs = spec.inputs(case, torch.float16, mode, torch.device("cpu"))
     with torch.enable_grad():

@@ -143,6 +143,11 @@ class Guards(TorchDispatchMode):
         self._regions.append(region)
         return guarded
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The buffers allocated so far."""
+        return tuple(self._regions)
+
     def problems(self) -> tuple[str, ...]:
         """Writes outside the buffers allocated so far."""
         found = (region.damage() for region in self._regions)

@@ -4,6 +4,7 @@ An outcome is data. Whatever a kernel does, short of KeyboardInterrupt, becomes 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from .expected import Expected
 from .guards import Guards, shelter
 from .inputs import DTYPES, Inputs
 from .models import Arithmetic
+from .reads import Reads
 from .routings import describe_counts
 from .spec import KernelSpec, NamedPlan
 
@@ -196,7 +198,13 @@ class Problem:
                 how = self.spec.arithmetic(self.lib, inputs, plan.plan)
                 if how not in known:
                     known = {how: self._reference(inputs, how)}
-                outputs, problems = guarded_run(self.lib, self.spec, inputs, plan.plan)
+                outputs, problems = guarded_run(
+                    self.lib,
+                    self.spec,
+                    inputs,
+                    plan.plan,
+                    known=prepared.guards if prepared else None,
+                )
                 problems += prepared.problems() if prepared else ()
                 yield self._judged(plan, inputs, known[how], outputs, problems)
             except Exception as error:  # noqa: BLE001 - becomes an outcome
@@ -238,15 +246,22 @@ class Problem:
 
 
 def guarded_run(
-    lib: ModuleType, spec: KernelSpec, inputs: Inputs, plan: Any
+    lib: ModuleType, spec: KernelSpec, inputs: Inputs, plan: Any, *, known: Guards | None = None
 ) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """Outputs of a kernel on sheltered inputs and poisoned buffers, and what it damaged."""
+    """Outputs of a kernel on sheltered inputs and poisoned buffers, and what it damaged.
+
+    known: guards of what was prepared for it; in the interpreter, reads outside are seen too.
+    """
     sheltered = shelter(inputs)
-    with Guards() as guards:
+    guards = Guards()
+    watched = (guards, known) if known is not None else (guards,)
+    reads = Reads(watched, sheltered.regions) if inputs.device.type == "cpu" else None
+    with guards, reads or nullcontext():
         outputs = spec.run(lib, sheltered.inputs, plan)
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
-    return outputs, (*guards.problems(), *sheltered.problems())
+    seen = reads.problems() if reads is not None else ()
+    return outputs, (*guards.problems(), *sheltered.problems(), *seen)
 
 
 def check_one(
