@@ -144,6 +144,8 @@ EDGES: tuple[Case, ...] = (
     _small("rank-256", rank=256, n_out=64, k_in=64, tokens=20),
     _small("deep", k_in=512, n_out=33, tokens=24, experts=2, seed=3),
     _small("wide", k_in=40, n_out=300, tokens=20, experts=3),
+    _small("columns", k_in=24, n_out=2120, tokens=5, experts=2, rank=4),
+    _small("long-rows", k_in=2120, n_out=24, tokens=5, experts=2, rank=4, source="SLOT"),
     _small("strided", weight_layout="strided", x_layout="strided", bias=True),
     _small("offset", weight_layout="offset", x_layout="offset"),
     _small("transposed-tails", weight_layout="transposed", k_in=70, n_out=90, x_layout="strided"),

@@ -40,9 +40,12 @@ _LIKELY = (
     "gated-sentinels",
     "gated-shared-gradient",
     "holes",
+    "columns",
+    "long-rows",
+    "boundary-wide",
     "sentinels-slot",
-    "plain",
     "strided",
+    "plain",
 )
 _HOPELESS = 5
 """Checks that raise, of a mutant that computed nothing yet, before it counts as invalid."""
