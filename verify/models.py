@@ -29,10 +29,15 @@ class Rounds(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """How a plan computes. tf32: fp32 operands of products are cut to tf32."""
+    """How a plan computes.
+
+    tf32: fp32 operands of products are cut to tf32. saved: [rows, R] operands were made by an
+    earlier product, of IEEE operands.
+    """
 
     rounds: Rounds = Rounds.ONCE
     tf32: bool = False
+    saved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,14 +105,17 @@ class Linear:
     def gram(self, left: Uncertain, right: Uncertain) -> Uncertain:
         """left^T right over the rows of each expert, as the tensor cores do it."""
         if self.arithmetic.tf32:
-            left, right = left.narrowed(), right.narrowed()
+            left, right = left.truncated(), right.truncated()
         return gram(left, right, self.groups.slices)
 
     def low_rank(self) -> Uncertain:
         """t = s x D, stored in the activations' type: [kept, R]."""
         if self.down is None:
             raise ValueError("this product has no adapter")
-        low = self.product(self.x, self.down)
+        arithmetic = self.arithmetic
+        if arithmetic.saved:
+            arithmetic = replace(arithmetic, tf32=False)
+        low = replace(self, arithmetic=arithmetic).product(self.x, self.down)
         if self.arithmetic.rounds is Rounds.PER_STEP:
             low = low.rounded(self.dtype)
         return low.scaled(self.scaling).rounded(self.dtype)

@@ -104,16 +104,6 @@ class Uncertain:
         near = (above < reach) | (above > step - reach)
         return Uncertain(value, self.local + near * step.square(), self.shared, self.drift)
 
-    def narrowed(self) -> "Uncertain":
-        """Read as a tf32 operand through registers, where low bits may be cut off or rounded.
-
-        Triton 3.6 rounds there to nearest on an H100 and cuts operands that the tensor core reads
-        from shared memory. Either error is below one step; cut off, all errors of both operands
-        point one way, so that they add up: (a + b)^2 <= 2 (a^2 + b^2).
-        """
-        bound = 2 * tf32_spacing(self.value.double()).square()
-        return Uncertain(self.value, self.local, self.shared, self.drift + bound)
-
     def scaled(self, factor: float | Tensor) -> "Uncertain":
         """Times an exact factor."""
         square = factor * factor

@@ -80,6 +80,45 @@ def selection_of(selection: Selection) -> dict[str, Any]:
     return {key: value for key, value in asdict(selection).items() if key != "seed"}
 
 
+def renewed(record: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of `check` with the outcomes of a later run of some of its problems put in place.
+
+    Raises:
+        ValueError: the runs differ in sources, versions, GPU or seed, or the later one ran problems
+            that the record does not have.
+    """
+    for part in ("schema", "command", "seed", "fingerprint"):
+        if record[part] != newer[part]:
+            raise ValueError(f"the record and the new run differ in {part}")
+    for name in ("python", "torch", "triton", "cuda", "driver", "device"):
+        before, now = record["environment"].get(name), newer["environment"].get(name)
+        if before != now:
+            raise ValueError(f"the record was made with {name} {before}, the new run with {now}")
+    later: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for outcome in newer["outcomes"]:
+        later.setdefault(_problem_of(outcome), []).append(outcome)
+    unknown = later.keys() - {_problem_of(outcome) for outcome in record["outcomes"]}
+    if unknown:
+        raise ValueError(f"the record has no {' '.join(sorted(unknown)[0])}")
+    outcomes: list[dict[str, Any]] = []
+    for outcome in record["outcomes"]:
+        problem = _problem_of(outcome)
+        if problem not in later:
+            outcomes.append(outcome)
+        else:
+            outcomes.extend(later[problem])
+            later[problem] = []
+    seconds = round(record["seconds"] + newer["seconds"], 3)
+    complete = record["summary"]["complete"] and newer["summary"]["complete"]
+    counts = summary_of(Outcome(**outcome) for outcome in outcomes)
+    summary = {**counts, "seconds": seconds, "complete": complete}
+    return {**record, "seconds": seconds, "summary": summary, "outcomes": outcomes}
+
+
+def _problem_of(outcome: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(outcome[part] for part in ("kernel", "case", "dtype", "mode"))
+
+
 def summary_of(outcomes: Iterable[Outcome]) -> dict[str, int]:
     """How many outcomes of each status."""
     counts = Counter(outcome.status for outcome in outcomes)
@@ -137,9 +176,25 @@ class _Modules:
         if path not in self._known:
             tree = ast.parse(path.read_text())
             imports = tuple(_imports(self.package, path, tree))
-            text = ast.dump(_without_docstrings(tree))
+            text = syntax(_without_docstrings(tree))
             self._known[path] = (hashlib.sha256(text.encode()).hexdigest(), imports)
         return self._known[path]
+
+
+def syntax(node: object) -> str:
+    """A syntax tree in words that are the same for every version of Python: `ast.dump` without the
+    fields that are empty, of which versions have different ones.
+    """
+    if isinstance(node, ast.AST):
+        fields = [
+            f"{name}={syntax(value)}"
+            for name, value in ast.iter_fields(node)
+            if value is not None and value != []
+        ]
+        return f"{type(node).__name__}({', '.join(fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(syntax(item) for item in node)}]"
+    return repr(node)
 
 
 def _fingerprint(modules: _Modules, source: str) -> str:

@@ -1,8 +1,10 @@
 """Every kernel, path, case and dtype against the truth."""
 
 import argparse
+import json
 import os
 import time
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; on a CPU one per core, on a GPU one"
     )
+    parser.add_argument(
+        "--renew",
+        type=Path,
+        metavar="RECORD",
+        help="put these outcomes in place of a record's, made with the same sources and machine",
+    )
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
         "--quick", action="store_true", help="small cases, each in one dtype (default on a CPU)"
@@ -40,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..environment import environment
     from ..inputs import DTYPES, MODES
     from ..parallel import checked
-    from ..records import Recorder, fingerprints, selection_of
+    from ..records import Recorder, fingerprints, plain, renewed, selection_of, write_json
     from ..report import print_report
     from ..run import Selection
     from ..specs import KERNELS
@@ -96,6 +104,9 @@ def main(arguments: argparse.Namespace) -> int:
         complete = True
     finally:
         recorder.write(complete=complete)
+    if arguments.renew:
+        old = json.loads(arguments.renew.read_text())
+        write_json(arguments.renew, renewed(old, plain(recorder.record(complete=complete))))
     print_report(Console(), recorder.outcomes, seconds=time.monotonic() - start)
     if not recorder.outcomes:
         raise SystemExit("nothing was selected")

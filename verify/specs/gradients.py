@@ -1,6 +1,7 @@
 """Gradients of the weights: adapter, base and bias."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,12 @@ def _run_expert_bias_grad(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping
         row_scale=inputs.get("gates"),
     )
     return {"dbias": db}
+
+
+def _how(lib: ModuleType, inputs: Inputs, plan: Any) -> Arithmetic:
+    """How a plan of the adapter's gradient computes; only the recompute path makes xa and yb."""
+    saved = str(plan.path.value) != "recompute"
+    return replace(arithmetic(lib, inputs, plan), saved=saved)
 
 
 def _saved(
@@ -194,7 +201,7 @@ LORA_WEIGHT_GRAD = KernelSpec(
     name="lora_weight_grad",
     run=_run_lora_weight_grad,
     reference=_reference_lora_weight_grad,
-    arithmetic=arithmetic,
+    arithmetic=_how,
     prepare=routing,
     inputs=_saved,
     cases=CASES,
