@@ -141,6 +141,15 @@ def _every_plan(lib: ModuleType, architecture: Architecture) -> Iterator[Job]:
                         )
 
 
+def call(lib: ModuleType, job: Job, architecture: Architecture, *, rich: bool = False) -> None:
+    """Make the launches of a job; within `compiling` they are compiled."""
+    if job.path == "default":
+        _call_plain(lib, job)
+        return
+    plans = _plans(lib, job.operation, job.path, job.shape, architecture)
+    _call_planned(lib, job, plans[job.index], rich=rich)
+
+
 def _problem(lib: ModuleType, operation: str, shape: Shape) -> Any:
     backward = operation == "lora_input_grad"
     k, n = (shape.n, shape.k) if backward else (shape.k, shape.n)
@@ -191,11 +200,7 @@ def compile_job(job: Job) -> tuple[Compiled, ...]:
     importlib.import_module(f"{PACKAGE}.quant")
     architecture = ARCHITECTURES[job.architecture]
     with compiling(lib, architecture) as found:
-        if job.path == "default":
-            _call_plain(lib, job)
-        else:
-            plans = _plans(lib, job.operation, job.path, job.shape, architecture)
-            _call_planned(lib, job, plans[job.index])
+        call(lib, job, architecture)
     return tuple(found)
 
 
@@ -217,7 +222,8 @@ def _routing(lib: ModuleType, shape: Shape) -> Any:
     )
 
 
-def _call_planned(lib: ModuleType, job: Job, plan: Any) -> None:
+def _call_planned(lib: ModuleType, job: Job, plan: Any, *, rich: bool = False) -> None:
+    """rich: with bias and gates, and rows in the other orders."""
     ops, shape = importlib.import_module(f"{lib.__name__}.ops"), job.shape
     dtype, order = shape.torch_dtype, lib.RowOrder
     routing = _routing(lib, shape)
@@ -233,6 +239,13 @@ def _call_planned(lib: ModuleType, job: Job, plan: Any) -> None:
     forward = {"source": order.TOKEN, "target": order.EXPERT, "plan": plan}
     backward = {"source": order.EXPERT, "target": order.SLOT, "plan": plan}
     orders = {"x_order": order.TOKEN, "dy_order": order.EXPERT, "plan": plan}
+    if rich:
+        gates = _empty(shape.tokens, shape.top_k, dtype=torch.float32)
+        bias = _empty(shape.experts, shape.n, dtype=dtype)
+        x = _empty(shape.rows, shape.k, dtype=dtype)
+        forward |= {"source": order.EXPERT, "target": order.SLOT, "bias": bias, "row_scale": gates}
+        backward |= {"source": order.SLOT, "target": order.EXPERT, "row_scale": gates}
+        orders |= {"x_order": order.EXPERT, "dy_order": order.SLOT, "row_scale": gates}
     calls: dict[str, Callable[[], object]] = {
         "scatter2scatter": lambda: ops.scatter2scatter(x, weight, routing, **forward),
         "shrink": lambda: ops.shrink(

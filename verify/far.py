@@ -7,7 +7,6 @@ every operand that has it.
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ from .spec import KernelSpec
 
 _SPAN = 2**31 + 2**20
 FAR_DIMS = (-1, -2, -3)
+_GAP = 3
 _EMPTY = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format)
 _KEPT = ("top_k_index",)
 
@@ -51,22 +51,28 @@ def stretched(inputs: Inputs, dim: int) -> Inputs:
 
 
 class FarOutputs(TorchDispatchMode):
-    """Context in which rows of what is allocated empty lie up to 2^31 elements apart.
+    """Context in which what is allocated empty has its rows up to 2^31 elements apart (dim -2), or
+    gaps between its columns (dim -1).
 
     narrow: width of outputs that are one number per slot, which kernels address without strides.
     """
 
-    def __init__(self, narrow: int) -> None:
+    def __init__(self, dim: int, narrow: int) -> None:
         super().__init__()
+        self._dim = dim
         self._narrow = narrow
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in _EMPTY or not result.is_floating_point() or result.ndim != 2:
+        if func not in _EMPTY or not result.is_floating_point() or result.ndim < 2:
             return result
-        return result if result.shape[1] == self._narrow else _far(result, -2, copied=False)
+        if result.shape[-1] == self._narrow or (self._dim == -2 and result.ndim > 2):
+            return result
+        if self._dim == -2:
+            return _far(result, -2, copied=False)
+        return result.new_empty((*result.shape, _GAP)).select(-1, 0) if self._dim == -1 else result
 
 
 def _far(value: Tensor, dim: int, *, copied: bool = True) -> Tensor:
@@ -107,7 +113,7 @@ class FarBench:
                 name = f"{known.inputs.case.name}, dimension {dim}"
                 for plan in spec.plans(lib, inputs):
                     if plan.quick and not plan.unavailable and (not paths or plan.path in paths):
-                        with FarOutputs(inputs.case.top_k) if dim == -2 else nullcontext():
+                        with FarOutputs(dim, inputs.case.top_k):
                             outputs = spec.run(lib, inputs, plan.plan)
                         yield plan.path, name, _worst(outputs, known)
 

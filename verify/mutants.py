@@ -49,6 +49,7 @@ class Candidate:
     source: str
     diff: str
     checks: tuple[str, ...]
+    line: int = 0
     by_hand: bool = False
     equivalent: str = ""
 
@@ -119,6 +120,7 @@ def generated(package: Path, kernels: Sequence[KernelSpec]) -> Iterator[Candidat
                     source=new,
                     diff=unified_diff(file, source, new),
                     checks=checks_for(file, function.name, kernels),
+                    line=edit.line,
                     equivalent=EQUIVALENT.get(edit.id, ""),
                 )
 
@@ -308,7 +310,7 @@ def known_verdicts(
     return {
         entry["id"]: Verdict(**{name: entry[name] for name in names})
         for entry in entries
-        if entry["status"] in ("killed", "survived", "invalid")
+        if entry["status"] in ("killed", "survived", "equivalent", "invalid")
         and diffs.get(entry["id"]) == entry["diff"]
     }
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,6 @@ def main(arguments: argparse.Namespace) -> int:
     chosen = every
     if not arguments.full:
         chosen = sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
-    limit = arguments.checks
-    if limit is None:
-        limit = 0 if arguments.full else _FAST_CHECKS
     verdicts: dict[str, Verdict] = {}
     if arguments.resume and arguments.resume.is_file():
         verdicts = known_verdicts(json.loads(arguments.resume.read_text())["mutants"], chosen)
@@ -113,17 +111,45 @@ def main(arguments: argparse.Namespace) -> int:
                     write(complete=False)
 
             try_all(
-                [candidate.task(limit) for candidate in open_ones],
+                [candidate.task(_limit(arguments)) for candidate in open_ones],
                 jobs=arguments.jobs or os.cpu_count() or 1,
                 device=str(device),
                 seconds=_SECONDS[device.type],
                 found=found,
             )
+        _prove([c for c in open_ones if verdicts[c.id].status == "survived"], verdicts, console)
         complete = True
     finally:
         record = write(complete=complete)
     _print(Console(), record)
     return int(record["summary"]["survived"] > 0 or bool(outdated))
+
+
+def _limit(arguments: argparse.Namespace) -> int:
+    """Checks per mutant, 0 for all."""
+    if arguments.checks is not None:
+        return arguments.checks
+    return 0 if arguments.full else _FAST_CHECKS
+
+
+def _prove(survivors: list[Any], verdicts: dict[str, Any], console: Console) -> None:
+    """Compile what survived: the same code is equivalent, what does not compile counts nowhere."""
+    from ..mutation_proof import prove
+
+    if not survivors:
+        return
+    console.print(f"compiling {len(survivors)} survivors")
+    wanted = [{"id": c.id, "file": c.file, "source": c.source, "line": c.line} for c in survivors]
+    statuses = {"same": "equivalent", "does not compile": "invalid"}
+    reasons = {
+        "same": "the code compiled for sm_90 is that of the original",
+        "does not compile": "accepted by the interpreter, refused by the compiler",
+    }
+    for name, answer in prove(wanted).items():
+        if answer in statuses:
+            verdicts[name] = replace(
+                verdicts[name], status=statuses[answer], reason=reasons[answer]
+            )
 
 
 def _record(
