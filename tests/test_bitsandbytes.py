@@ -242,7 +242,21 @@ def copy_adapters(source, target):
             taken[name].copy_(value)
 
 
-def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(tmp_path):
+def read_by_us(model, path):
+    return adapters.load_adapter(model, path)
+
+
+def read_by_peft(model, path):
+    try:
+        return ours(adapters.PeftModel.from_pretrained(model, path))
+    except TypeError as error:
+        if "distributed_operation" not in str(error):
+            raise
+        pytest.skip(f"this PEFT cannot load adapters with this transformers: {error}")
+
+
+@pytest.mark.parametrize("read", [read_by_us, read_by_peft])
+def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(read, tmp_path):
     model = hf_models.tiny_model("olmoe")
     packing.quantize_experts(model)
     model = ours(adapted(model))
@@ -250,14 +264,12 @@ def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(tmp_path):
     dense = hf_models.tiny_model("olmoe")
     dense.set_experts_implementation(layer.KEY)
     by_parameter = {wrapper.parameter_name: wrapper for wrapper in wrappers(model)}
-    for read in (
-        adapters.load_adapter(copy.deepcopy(dense), tmp_path),
-        ours(adapters.PeftModel.from_pretrained(dense, tmp_path)),
-    ):
-        for wrapper in wrappers(read):
-            other = by_parameter[wrapper.parameter_name]
-            assert torch.equal(wrapper.lora_A["default"].weight, other.lora_A["default"].weight)
-            assert torch.equal(wrapper.lora_B["default"].weight, other.lora_B["default"].weight)
+    loaded_wrappers = wrappers(read(dense, tmp_path))
+    assert len(loaded_wrappers) == len(by_parameter) == len(NAMES)
+    for wrapper in loaded_wrappers:
+        other = by_parameter[wrapper.parameter_name]
+        assert torch.equal(wrapper.lora_A["default"].weight, other.lora_A["default"].weight)
+        assert torch.equal(wrapper.lora_B["default"].weight, other.lora_B["default"].weight)
 
 
 def test_a_short_target_finds_packed_experts(tmp_path):

@@ -214,7 +214,8 @@ def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts():
 
 
 def test_a_norm_after_each_expert_is_refused():
-    module = experts_module(has_post_expert_norm=True)
+    module = experts_module()
+    module.has_post_expert_norm = True
     with pytest.raises(
         layer.UnsupportedExpertsError, match="Experts normalises the output of each"
     ):
