@@ -1,6 +1,7 @@
 """The mutants: what is changed, who looks for it, and what a worker's answer or silence means."""
 
 import ast
+import os
 import time
 
 import pytest
@@ -141,6 +142,8 @@ def answering(connection, device):
         if task.id.startswith("hang"):
             time.sleep(60)
         if task.id.startswith("die"):
+            os.abort()
+        if task.id.startswith("stop"):
             raise SystemExit(3)
         connection.send("alive")
         connection.send(Verdict(id=task.id, status=device, checks=1))
@@ -165,6 +168,14 @@ def test_silence_and_death_kill_a_mutant_that_does_it_twice():
     }
     assert found["hang"].killed_by == {"measure": "timeout"}
     assert found["die"].killed_by == {"measure": "crash"}
+
+
+def test_a_worker_that_is_ended_otherwise_kills_nobody():
+    task = Task(id="stop", file="", source="", checks=())
+    with pytest.raises(RuntimeError, match="exit code 3 while it tried stop"):
+        mutants.try_all(
+            [task], jobs=1, device="cpu", seconds=5.0, found=lambda verdict: None, body=answering
+        )
 
 
 def test_what_a_record_found_is_kept_while_the_change_is_the_same(generated):

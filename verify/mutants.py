@@ -12,6 +12,7 @@ invalid     it does not compile, or raises before it computes anything: it count
 import ast
 import multiprocessing
 import random
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from .spec import KernelSpec
 
 STATUSES = ("killed", "survived", "equivalent", "invalid")
 _TASKS_PER_WORKER = 200
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +236,7 @@ def try_all(
             for place, worker in enumerate(workers):
                 late = worker.task is not None and time.monotonic() > worker.deadline
                 if worker.task is not None and (late or not worker.process.is_alive()):
-                    how = "timeout" if late else "crash"
+                    how = "timeout" if late else _crash(worker)
                     if worker.task.id in again:
                         found(_died(worker.task, how, seconds))
                     else:
@@ -245,6 +247,19 @@ def try_all(
     finally:
         for worker in workers:
             worker.stop()
+
+
+def _crash(worker: _Worker) -> str:
+    """A mutant that writes anywhere ends in a fault; whatever else ends a worker is not its doing.
+
+    Raises:
+        RuntimeError: the worker was ended from outside, or by an error of its own.
+    """
+    code = worker.process.exitcode
+    if code is not None and -code in _FAULTS:
+        return "crash"
+    task = worker.task.id if worker.task else "nothing"
+    raise RuntimeError(f"a worker ended with exit code {code} while it tried {task}")
 
 
 def _heard(worker: _Worker, seconds: float) -> Verdict | None:
