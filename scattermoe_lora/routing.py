@@ -98,7 +98,7 @@ class Routing:
             ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside
                 [0, experts).
         """
-        _check_top_k(top_k_index, experts)
+        _check_top_k(top_k_index, experts, sentinels=sentinels)
         tokens, top_k = top_k_index.shape
         if torch.compiler.is_compiling():
             operator = getattr(torch.ops, __name__.partition(".")[0]).route
@@ -134,7 +134,7 @@ class Routing:
         )
 
 
-def _check_top_k(top_k_index: Tensor, experts: int) -> None:
+def _check_top_k(top_k_index: Tensor, experts: int, *, sentinels: bool) -> None:
     if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"top_k_index must hold integers, got {top_k_index.dtype}")
     if top_k_index.ndim != 2:
@@ -146,7 +146,7 @@ def _check_top_k(top_k_index: Tensor, experts: int) -> None:
     tokens, top_k = top_k_index.shape
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got top_k_index of shape {[tokens, top_k]}")
-    if top_k > experts:
+    if top_k > experts and not sentinels:
         raise ValueError(f"top_k_index chooses {top_k} experts per token, but there are {experts}")
     if tokens * top_k >= 2**31:
         raise ValueError(f"{tokens} tokens x {top_k} choices exceed 2^31 - 1 rows")

@@ -279,3 +279,12 @@ def test_rank_mismatch_and_unknown_experts_are_refused(device):
         sm.Routing.from_top_k(index, 0)
     with pytest.raises(TypeError, match="integers"):
         sm.Routing.from_top_k(index.float(), EXPERTS)
+
+
+def test_a_rank_with_fewer_experts_than_choices_keeps_its_own_rows(device):
+    index = torch.tensor([[0, 5, 7], [6, 1, -1]], device=device)
+    routing = sm.Routing.from_top_k(index, 2, sentinels=True)
+    assert routing.offsets.tolist() == [0, 1, 2]
+    assert routing.slots[:2].tolist() == [0, 4]
+    with pytest.raises(ValueError, match="3 experts per token, but there are 2"):
+        sm.Routing.from_top_k(index, 2)
