@@ -3,29 +3,38 @@
 Every process runs each distinct problem once; Triton's cache on disk carries the result over.
 """
 
+import hashlib
 import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from .bench_arms import arm_of
 from .bench_cases import BenchCase
 from .bench_inputs import draw
+from .revision import load
 
 PROCESSES = 12
 """More do not fit beside each other on a GPU of 80 GB."""
 
 
 def compile_ahead(
-    cases: Iterable[BenchCase], device: torch.device, *, processes: int = PROCESSES
+    cases: Iterable[BenchCase],
+    device: torch.device,
+    *,
+    processes: int = PROCESSES,
+    tree: Path | None = None,
 ) -> Iterator[tuple[str, int, str]]:
     """Run each problem once, spread over processes; yields (problem, cases run, error) as they end.
 
-    Problems that differ only in their routing compile the same kernels.
+    Problems that differ only in their routing compile the same kernels. tree: the directory of the
+    package where it is not the installed one.
     """
     jobs: dict[BenchCase, dict[BenchCase, None]] = {}
     for case in cases:
@@ -38,7 +47,7 @@ def compile_ahead(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
         waiting = {
-            pool.submit(run_once, tuple(found), str(device)): job.name
+            pool.submit(run_once, tuple(found), str(device), tree): job.name
             for job, found in jobs.items()
         }
         for done in as_completed(waiting):
@@ -47,11 +56,14 @@ def compile_ahead(
             yield waiting[done], count, "" if error is None else f"{type(error).__name__}: {error}"
 
 
-def run_once(cases: tuple[BenchCase, ...], device: str) -> int:
+def run_once(cases: tuple[BenchCase, ...], device: str, tree: Path | None = None) -> int:
     """Run every case once in this process; how many ran. One that fails will fail again when it is
     timed.
     """
     lib = importlib.import_module("scattermoe_lora")
+    if tree is not None:
+        name = f"ahead_{hashlib.sha256(str(tree).encode()).hexdigest()[:8]}"
+        lib = sys.modules.get(name) or load(tree, name)
     target, drawn, ran = torch.device(device), None, 0
     for case in cases:
         try:

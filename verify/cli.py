@@ -18,12 +18,14 @@ COMMANDS: dict[str, str] = {
     "compile": "plans of every architecture, compiled without a GPU, against a baseline",
     "doctor": "versions and devices, and what is known to be wrong with them",
     "fuzz": "kernels on launches that nobody listed, for a time or until stopped",
+    "gate": "whether kernels got slower than at another revision",
     "mutants": "wrong kernels, and which of them the judge sees",
     "qualify": "everything, stage by stage, on a GPU that nobody has tried",
     "records": "whether the committed records are there, whole and fresh",
     "replay": "findings of fuzz and failures of check, rerun exactly",
     "report": "one HTML page, and Markdown, of all records",
     "sanitize": "kernels under compute-sanitizer",
+    "train": "a small model trained on text, ours against transformers' eager experts",
     "tune": "the fastest right plan of every problem, written as a table",
 }
 DEFAULT = "check"

@@ -1,0 +1,138 @@
+"""Slowdowns planted on purpose: real work of the device, of a known share of what it is beside.
+
+`Plant` follows every call of a benchmark with a busy-wait on the device of the stated share of that
+benchmark. `slow_tree` writes a revision of the package whose launcher does the same after every
+kernel, for whatever runs whole revisions.
+"""
+
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .timing import Call, Clock
+
+_ROUNDS = 20
+_LAUNCH_FILE = "_launch.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plant:
+    """Slows calls. percent: of their own time. wait: makes a call that keeps the device busy for so
+    many milliseconds.
+    """
+
+    percent: float
+    wait: Callable[[float], Call]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise ValueError(f"a slowdown of {self.percent}% is not between 0 and 100%")
+
+    def slowed(self, clock: Clock, call: Call) -> Call:
+        """The call, followed by the share of its own median time that is planted."""
+        host = clock.enqueue(call, 5)
+        (samples,) = clock.samples([call], _ROUNDS, [host])
+        wait = self.wait(statistics.median(samples) * self.percent / 100)
+
+        def slower() -> object:
+            found = call()
+            wait()
+            return found
+
+        return slower
+
+
+def busy_wait(clock: Clock) -> Callable[[float], Call]:
+    """Makes calls that keep the current CUDA device busy, timed by the clock beforehand."""
+    import torch
+
+    def spin(cycles: int) -> Call:
+        return lambda: torch.cuda._sleep(cycles)
+
+    few, many = 20_000, 220_000
+    counts = [spin(few), spin(many)]
+    pairs = clock.samples(counts, _ROUNDS, [0.05, 0.05])
+    short, long = (statistics.median(found) for found in pairs)
+    per_ms = (many - few) / (long - short)
+    # What a wait takes beyond its cycles: the launch between two kernels.
+    overhead = max(short - few / per_ms, 0.0)
+    return lambda milliseconds: spin(max(int((milliseconds - overhead) * per_ms), 1))
+
+
+_PLANTED = '''
+
+def _planted_wait(launch: Any) -> int:
+    """Cycles of {percent}% of what a launch takes with a cold cache, measured now."""
+    lines = torch.zeros(2**25, device="cuda")
+    times = []
+    for _ in range({rounds}):
+        lines.sum()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        launch()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(2_000_000)
+    end.record()
+    torch.cuda.synchronize()
+    middle = sorted(times)[len(times) // 2]
+    return max(int(middle * {percent} / 100 * 2_000_000 / start.elapsed_time(end)), 1)
+'''
+
+_BEFORE = "            variant[grid](*args, *values)\n            return\n"
+_AFTER = """            variant[grid](*args, *values)
+            if not INTERPRETED:
+                waits = self.__class__.WAITS
+                if (id(self), key, grid) not in waits:
+                    launch = functools.partial(variant[grid], *args, *values)
+                    waits[id(self), key, grid] = _planted_wait(launch)
+                torch.cuda._sleep(waits[id(self), key, grid])
+            return
+"""
+
+
+def slow_tree(package: Path, destination: Path, percent: float) -> Path:
+    """Write a copy of the package in which every kernel of `Launcher` is followed by a busy-wait of
+    a share of its time; returns its directory. Kernels have to be launched twice before they are
+    slow: what they take is measured at the second launch.
+
+    Raises:
+        ValueError: the destination is there already, or the launcher is not the one known here.
+    """
+    plant = Plant(percent=percent, wait=lambda milliseconds: lambda: None)
+    target = destination / package.name
+    if target.exists():
+        raise ValueError(f"{target} exists already")
+    text = (package / _LAUNCH_FILE).read_text()
+    slots = '    __slots__ = ("_kernel", "_variants")\n'
+    for known in (_BEFORE, slots, "from typing import Any\n"):
+        if text.count(known) != 1:
+            raise ValueError(f"{_LAUNCH_FILE} has not one {known.strip()!r}: nowhere to plant")
+    text = text.replace(_BEFORE, _AFTER).replace(
+        slots, f"{slots}    WAITS: dict[Any, int] = {{}}\n"
+    )
+    text = text.replace("from typing import Any\n", "import functools\nfrom typing import Any\n")
+    text += _PLANTED.format(percent=plant.percent, rounds=7)
+    shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"))
+    (target / _LAUNCH_FILE).write_text(text)
+    return target
+
+
+def planted_on(device: Any, clock: Clock, percent: float) -> Plant | None:
+    """The plant for a device; none where nothing is planted.
+
+    Raises:
+        ValueError: something is to be planted on a device that is no GPU.
+    """
+    if not percent:
+        return None
+    if device.type != "cuda":
+        raise ValueError("a slowdown is planted as work of a GPU, and this device is none")
+    return Plant(percent=percent, wait=busy_wait(clock))
