@@ -22,22 +22,25 @@ hopper, answer = ARCHITECTURES[90], {}
 base = replace(check.QWEN3, k=256, n=128, experts=16, top_k=2, tokens=512)
 wanted = json.loads(sys.argv[1])
 jobs = [check.Job(architecture=90, operation=o, path=p, shape=base) for o, p in wanted]
-for job in jobs:
-    plan = None
-    if job.path != "default":
-        plan = check._plans(lib, job.operation, job.path, base, hopper)[0]
-    variants = set()
-    for tokens in (1, 2, 7, 16, 100, 512, 4096):
-        for experts in (16, 23):
-            shape = replace(base, tokens=tokens, experts=experts)
+shapes = [
+    replace(base, tokens=tokens, experts=experts)
+    for tokens in (1, 2, 7, 16, 100, 512, 4096)
+    for experts in (16, 23)
+]
+with compiling(lib, hopper) as found:
+    for job in jobs:
+        plan = None
+        if job.path != "default":
+            plan = check._plans(lib, job.operation, job.path, base, hopper)[0]
+        found.clear()
+        for shape in shapes:
             swept = replace(job, shape=shape)
-            with compiling(lib, hopper) as found:
-                if plan is None:
-                    check._call_plain(lib, swept)
-                else:
-                    check._call_planned(lib, swept, plan)
-            variants |= {(item.kernel, item.key) for item in found}
-    answer[f"{job.operation} {job.path}"] = sorted(name for name, _ in variants)
+            if plan is None:
+                check._call_plain(lib, swept)
+            else:
+                check._call_planned(lib, swept, plan)
+        variants = {(item.kernel, item.key) for item in found}
+        answer[f"{job.operation} {job.path}"] = sorted(name for name, _ in variants)
 json.dump(answer, sys.stdout)
 """
 SWEPT = {

@@ -116,12 +116,33 @@ def compiling(lib: ModuleType, architecture: Architecture) -> Iterator[list[Comp
     Raises:
         RuntimeError: Triton interprets in this process.
     """
-    launch, interpreter = _module(lib, "_launch"), _module(lib, "_interpreter")
-    if interpreter.REQUESTED:
+    if _module(lib, "_interpreter").REQUESTED:
         raise RuntimeError("Triton interprets in this process: unset TRITON_INTERPRET to compile")
     triton.knobs.compilation.disable_line_info = True
     driver.set_active(_StatedDriver(architecture.number))
     found: list[Compiled] = []
+
+    known: dict[str, Compiled] = {}
+
+    def compiled(kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        built = kernel.run(*args, grid=grid, warmup=True, **options)
+        key = str(built.metadata.hash)
+        if key not in known:
+            known[key] = _facts(kernel, built)
+        found.append(known[key])
+
+    with redirected(lib, compiled):
+        yield found
+
+
+Launched = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]
+"""Told of a launch: its kernel, grid, arguments, and constants with options."""
+
+
+@contextmanager
+def redirected(lib: ModuleType, launched: Launched) -> Iterator[None]:
+    """Within it, launches of `lib` are told to `launched` and run nothing."""
+    launch = _module(lib, "_launch")
 
     def call(
         self: Any,
@@ -136,11 +157,7 @@ def compiling(lib: ModuleType, architecture: Architecture) -> Iterator[list[Comp
         **constants: Any,
     ) -> None:
         del device, form, pointers
-        kernel = self._kernel
-        options = {"num_warps": warps, "num_stages": stages}
-        found.append(
-            _facts(kernel, kernel.run(*args, grid=grid, warmup=True, **constants, **options))
-        )
+        launched(self._kernel, grid, args, {**constants, "num_warps": warps, "num_stages": stages})
 
     class Bound:
         def __init__(self, kernel: Any) -> None:
@@ -148,8 +165,7 @@ def compiling(lib: ModuleType, architecture: Architecture) -> Iterator[list[Comp
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def run(*args: Any, **options: Any) -> None:
-                built = self._kernel.run(*args, grid=grid, warmup=True, **options)
-                found.append(_facts(self._kernel, built))
+                launched(self._kernel, grid, args, options)
 
             return run
 
@@ -164,12 +180,13 @@ def compiling(lib: ModuleType, architecture: Architecture) -> Iterator[list[Comp
             changes.append((module, "on_device", lambda device: nullcontext()))
             kernels = [key for key in vars(module) if key.endswith("_kernel")]
             changes.extend((module, key, Bound(getattr(module, key))) for key in kernels)
-    with _changed(changes):
-        yield found
+    with changed(changes):
+        yield
 
 
 @contextmanager
-def _changed(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def changed(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes (owner, name, value) that differ within it."""
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
         for owner, name, value in changes:

@@ -174,7 +174,7 @@ def _plans(
     """Plans of a path, the one that would be used first; of all paths if `path` is empty."""
     module = importlib.import_module(f"{lib.__name__}.plan")
     problem, device = _problem(lib, operation, shape), architecture.device(lib)
-    shipped = _shipped(lib, device).lookup(problem)
+    shipped = shipped_table(lib, device).lookup(problem)
     base = shipped or lib.choose(problem, device)
     plans = [base]
     if path:
@@ -183,7 +183,7 @@ def _plans(
     return tuple(dict.fromkeys(plans))
 
 
-def _shipped(lib: ModuleType, device: Any) -> Any:
+def shipped_table(lib: ModuleType, device: Any) -> Any:
     """The table that is shipped for a GPU, whatever Triton it was tuned with."""
     tables = importlib.import_module(f"{lib.__name__}.plan_table")
     path = tables.SHIPPED / f"{tables.gpu_name(device)}.json"

@@ -69,7 +69,7 @@ def stages_of(
         ),
         Stage(
             name="compile",
-            words=("compile", *record("compile")),
+            words=("compile", "--no-baseline", *record("compile")),
             purpose="every plan compiles within the limits of the device",
         ),
         Stage(

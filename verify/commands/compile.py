@@ -1,11 +1,17 @@
-"""Plans of every architecture, compiled without a GPU, against this Triton version's baseline."""
+"""What needs no GPU to be measured, against committed baselines, in which any difference counts.
+
+kernels: registers, spills, shared memory and instructions of the plans of every architecture, by
+Triton version. footprint: launches and allocated bytes of every benchmark case.
+"""
 
 import argparse
 import json
 import multiprocessing
 import os
 import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,8 @@ from rich.text import Text
 from .common import PACKAGE
 
 _INTERVAL = 10.0
+_ACCEPT = "`python -m verify compile --accept`"
+PARTS = ("kernels", "footprint")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +36,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=(), metavar="N", help="80 90 ...")
     parser.add_argument("--operations", nargs="+", default=(), metavar="NAME")
     parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=(), help="both, unless operations are named"
+    )
+    parser.add_argument(
         "--full", action="store_true", help="every candidate plan, not only those used"
     )
     parser.add_argument("--accept", action="store_true", help="make what was found the baseline")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="compare with this one")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="of kernels, in place of ours"
+    )
+    parser.add_argument("--footprint", type=Path, metavar="FILE", help="of footprints, likewise")
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="only what is demanded of every kernel"
+    )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """What to compare with: values by key, from a file. whole: whether everything in it is looked
+    at.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    whole: bool
+
+    def gone(self, outcomes: Mapping[str, Any]) -> list[str]:
+        """What it holds and nobody makes any more, a sentence each."""
+        left = self.values.keys() - outcomes.keys() if self.whole else ()
+        return [f"{key}: is in the baseline and no longer made" for key in sorted(left)]
+
+    def accepted(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the file that `found` makes of it."""
+        return dict(sorted((found if self.whole else {**self.values, **found}).items()))
+
+
 def main(arguments: argparse.Namespace) -> int:
-    """Compile and compare; 1 on a difference or a broken demand."""
+    """Compile, count and compare; 1 on a difference or a broken demand, or without a baseline."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
         raise SystemExit("TRITON_INTERPRET is set, and an interpreting Triton cannot compile")
+    if arguments.accept and arguments.no_baseline:
+        raise SystemExit("--accept writes the baseline that --no-baseline does without")
+    if arguments.accept and arguments.full and not arguments.baseline:
+        raise SystemExit("--full --accept: name another file by --baseline than the one of CI")
     from ..ahead import ARCHITECTURES
-    from ..compile_check import baseline_path, jobs, read_baseline
     from ..environment import environment
     from ..records import SCHEMA, fingerprints, write_json
     from ..specs import KERNELS
@@ -50,6 +90,45 @@ def main(arguments: argparse.Namespace) -> int:
     if unknown:
         raise SystemExit(f"--arch: {unknown} are none of {list(ARCHITECTURES)}")
     numbers = arguments.arch or tuple(ARCHITECTURES)
+    parts = arguments.parts or (PARTS if not arguments.operations else PARTS[:1])
+    wanted = _wanted(arguments, numbers) if "kernels" in parts else []
+    counted = numbers if "footprint" in parts else ()
+    start, head = time.monotonic(), _head(SCHEMA, environment("cpu"))
+    head["fingerprint"] = fingerprints(_sources(), KERNELS)
+    baselines = _baselines(arguments, parts)
+    missing = [baseline.path for baseline in baselines.values() if not baseline.values]
+    if missing and not arguments.accept:
+        raise SystemExit(f"there is no baseline {missing[0]}: {_ACCEPT} writes it")
+    outcomes = _resumed(arguments.resume, head["fingerprint"])
+
+    def write(*, complete: bool) -> dict[str, Any]:
+        keys = {job.key for job in wanted}
+        found = [item for key, item in outcomes.items() if key in keys or "footprint" in item]
+        record = _record(head, found, seconds=time.monotonic() - start, complete=complete)
+        for target in {arguments.json, arguments.resume} - {None}:
+            write_json(target, record)
+        return record
+
+    complete = False
+    try:
+        if wanted:
+            _compile(wanted, outcomes, baselines.get("kernels"), arguments, write)
+        if counted:
+            outcomes.update(_footprints(counted, baselines.get("footprint"), arguments))
+        complete = all(job.key in outcomes for job in wanted)
+    finally:
+        record = write(complete=complete)
+    problems = [text for baseline in baselines.values() for text in baseline.gone(outcomes)]
+    if arguments.accept:
+        _accept(baselines, record)
+    _print(Console(), record, problems, baselines, accepted=arguments.accept)
+    failed = record["summary"]["failed"] + len(problems)
+    return int(record["summary"]["errors"] + (0 if arguments.accept else failed) > 0)
+
+
+def _wanted(arguments: argparse.Namespace, numbers: Iterable[int]) -> list[Any]:
+    from ..compile_check import jobs
+
     wanted = [
         job
         for job in jobs(numbers, full=arguments.full)
@@ -57,27 +136,24 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     if not wanted:
         raise SystemExit(f"--operations: {', '.join(arguments.operations)} selects nothing")
-    start, head = time.monotonic(), _head(SCHEMA, environment("cpu"))
-    head["fingerprint"] = fingerprints(_sources(), KERNELS)
-    path = arguments.baseline or baseline_path()
-    baseline, outcomes = read_baseline(path), _resumed(arguments.resume, head["fingerprint"])
+    return wanted
 
-    def write(*, complete: bool) -> dict[str, Any]:
-        found = [outcomes[job.key] for job in wanted if job.key in outcomes]
-        record = _record(head, found, seconds=time.monotonic() - start, complete=complete)
-        for target in {arguments.json, arguments.resume} - {None}:
-            write_json(target, record)
-        return record
 
-    try:
-        _compile(wanted, outcomes, baseline, arguments, write)
-    finally:
-        record = write(complete=all(job.key in outcomes for job in wanted))
-    if arguments.accept:
-        _accept(path, baseline, record)
-    _print(Console(), record, path, accepted=arguments.accept)
-    summary = record["summary"]
-    return int(summary["failed"] + summary["errors"] > 0 and not arguments.accept)
+def _baselines(arguments: argparse.Namespace, parts: Iterable[str]) -> dict[str, Baseline]:
+    from .. import compile_check, footprint
+
+    if arguments.no_baseline:
+        return {}
+    whole = not arguments.arch and not arguments.operations
+    kernels = arguments.baseline or compile_check.baseline_path()
+    footprints = arguments.footprint or footprint.baseline_path()
+    found = {
+        "kernels": Baseline(path=kernels, values=compile_check.read_baseline(kernels), whole=whole),
+        "footprint": Baseline(
+            path=footprints, values=footprint.read_baseline(footprints), whole=whole
+        ),
+    }
+    return {part: found[part] for part in parts}
 
 
 def _sources() -> Path:
@@ -102,13 +178,14 @@ def _resumed(path: Path | None, fingerprint: dict[str, str]) -> dict[str, dict[s
     record = json.loads(path.read_text())
     if record["fingerprint"] != fingerprint:
         return {}
-    return {item["job"]: item for item in record["outcomes"] if item["status"] != "error"}
+    items = record["outcomes"]
+    return {i["job"]: i for i in items if i["status"] != "error" and "footprint" not in i}
 
 
 def _compile(
     wanted: list[Any],
     outcomes: dict[str, dict[str, Any]],
-    baseline: Any,
+    baseline: Baseline | None,
     arguments: argparse.Namespace,
     write: Any,
 ) -> None:
@@ -154,7 +231,59 @@ def _one(job: Any) -> tuple[list[dict[str, Any]], list[str]]:
     return [item.as_json() for item in found], problems
 
 
-def _outcome(job: Any, done: Any, baseline: Any, *, accept: bool) -> dict[str, Any]:
+def _footprints(
+    numbers: Iterable[int], baseline: Baseline | None, arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Outcomes of every benchmark case, an architecture per process."""
+    processes = arguments.jobs or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    console = Console(stderr=True)
+    found: dict[str, dict[str, Any]] = {}
+    with (
+        console.status("counting launches and bytes"),
+        ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool,
+    ):
+        for answers in pool.map(_count, numbers):
+            for answer in answers:
+                found[answer["job"]] = _compared(answer, baseline, accept=arguments.accept)
+    return found
+
+
+def _count(number: int) -> list[dict[str, Any]]:
+    """In a worker: the footprint of every benchmark case on an architecture."""
+    import importlib
+    import warnings
+
+    from ..ahead import ARCHITECTURES
+    from ..footprint import cases, footprint_of, key_of
+
+    warnings.simplefilter("ignore")
+    lib, architecture = importlib.import_module(PACKAGE), ARCHITECTURES[number]
+    return [
+        {
+            "job": key_of(architecture, case),
+            "architecture": number,
+            "operation": case.kind,
+            "footprint": footprint_of(lib, case, architecture).as_json(),
+        }
+        for case in cases()
+    ]
+
+
+def _compared(answer: dict[str, Any], baseline: Baseline | None, *, accept: bool) -> dict[str, Any]:
+    from ..footprint import differences
+
+    problems = []
+    if baseline is not None and baseline.values and not accept:
+        base = baseline.values.get(answer["job"])
+        problems = [f"{answer['job']}: is not in the baseline"]
+        if base is not None:
+            problems = differences(answer["job"], answer["footprint"], base)
+    status = "failed" if problems else "passed"
+    return {**answer, "status": status, "reason": "; ".join(problems), "kernels": []}
+
+
+def _outcome(job: Any, done: Any, baseline: Baseline | None, *, accept: bool) -> dict[str, Any]:
     from ..compile_check import differences
 
     head = {"job": job.key, "architecture": job.architecture, "operation": job.operation}
@@ -163,15 +292,15 @@ def _outcome(job: Any, done: Any, baseline: Any, *, accept: bool) -> dict[str, A
         words = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         return {**head, "status": "error", "reason": words, "kernels": []}
     kernels, problems = done.result()
-    base = baseline.get(job.key)
-    if not accept:
-        if base is not None:
-            problems = [*problems, *differences(job, kernels, base)]
-        elif baseline:
-            problems = [*problems, f"{job.key}: is not in the baseline"]
-        else:
-            spilled = [item["kernel"] for item in kernels if item["stack"]]
-            problems = [*problems, *(f"{job.key}: {name} uses a stack" for name in spilled)]
+    known = {} if baseline is None or accept else baseline.values
+    base = known.get(job.key)
+    if base is not None:
+        problems = [*problems, *differences(job, kernels, base)]
+    elif known:
+        problems = [*problems, f"{job.key}: is not in the baseline"]
+    elif not accept:
+        spilled = [item["kernel"] for item in kernels if item["stack"]]
+        problems = [*problems, *(f"{job.key}: {name} uses a stack" for name in spilled)]
     status = "failed" if problems else "passed"
     return {**head, "status": status, "reason": "; ".join(problems), "kernels": kernels}
 
@@ -188,19 +317,34 @@ def _record(
     return {**head, "seconds": round(seconds, 3), "summary": summary, "outcomes": outcomes}
 
 
-def _accept(path: Path, baseline: Any, record: dict[str, Any]) -> None:
+def _accept(baselines: Mapping[str, Baseline], record: dict[str, Any]) -> None:
+    from ..footprint import baseline_of
     from ..records import write_json
 
-    found = {item["job"]: item["kernels"] for item in record["outcomes"] if item["kernels"]}
-    kernels = dict(sorted({**baseline, **found}.items()))
-    write_json(path, {"triton": record["environment"].get("triton"), "kernels": kernels})
+    items = record["outcomes"]
+    if "kernels" in baselines:
+        found = {item["job"]: item["kernels"] for item in items if item["kernels"]}
+        baseline = baselines["kernels"]
+        triton = record["environment"].get("triton")
+        write_json(baseline.path, {"triton": triton, "kernels": baseline.accepted(found)})
+    if "footprint" in baselines:
+        found = {item["job"]: item["footprint"] for item in items if "footprint" in item}
+        baseline = baselines["footprint"]
+        write_json(baseline.path, baseline_of(baseline.accepted(found)))
 
 
-def _print(console: Console, record: dict[str, Any], path: Path, *, accepted: bool) -> None:
+def _print(
+    console: Console,
+    record: dict[str, Any],
+    problems: list[str],
+    baselines: Mapping[str, Baseline],
+    *,
+    accepted: bool,
+) -> None:
     table = Table(title="compiled kernels", title_justify="left")
     for name in ("architecture", "kernels", "most registers", "most shared memory", "on a stack"):
         table.add_column(name, justify="left" if name == "architecture" else "right")
-    numbers = dict.fromkeys(item["architecture"] for item in record["outcomes"])
+    numbers = dict.fromkeys(item["architecture"] for item in record["outcomes"] if item["kernels"])
     for number in numbers:
         own = [k for o in record["outcomes"] if o["architecture"] == number for k in o["kernels"]]
         table.add_row(
@@ -210,10 +354,43 @@ def _print(console: Console, record: dict[str, Any], path: Path, *, accepted: bo
             str(max((k["shared"] for k in own), default=0)),
             str(sum(k["stack"] > 0 for k in own)),
         )
-    console.print(table)
-    for item in record["outcomes"]:
-        if item["status"] != "passed":
-            text = f"{item['status']}: {item['job']}: {item['reason']}"
-            console.print(Text(text, style="red"), soft_wrap=True)
-    verb = "written to" if accepted else "compared with" if path.is_file() else "no baseline at"
-    console.print(f"{verb} {path}; {record['summary']}, {record['seconds']:.0f} s")
+    if numbers:
+        console.print(table)
+    sentences = [
+        sentence
+        for item in record["outcomes"]
+        if item["status"] != "passed"
+        for sentence in (_together(item) if item["status"] == "failed" else [_error(item)])
+    ]
+    for sentence in (*_by_architecture(sentences), *([] if accepted else problems)):
+        console.print(Text(sentence, style="red"), soft_wrap=True)
+    counted = sum("footprint" in item for item in record["outcomes"])
+    for baseline in baselines.values():
+        verb = "written to" if accepted else "compared with"
+        console.print(f"{verb} {baseline.path}", soft_wrap=True)
+    summary = record["summary"]
+    console.print(
+        f"{summary['compiled']} kernels compiled, {counted} footprints counted, "
+        f"{summary['failed']} differ or break a demand, {summary['errors']} errors, "
+        f"{record['seconds']:.0f} s",
+        soft_wrap=True,
+    )
+    if not accepted and (summary["failed"] or problems):
+        console.print(f"if this is meant: {_ACCEPT}", soft_wrap=True)
+
+
+def _together(item: dict[str, Any]) -> list[str]:
+    return item["reason"].split("; ")
+
+
+def _error(item: dict[str, Any]) -> str:
+    return f"{item['job']}: {item['reason']}"
+
+
+def _by_architecture(sentences: Iterable[str]) -> list[str]:
+    """Sentences that differ in their first word alone, the architecture, as one."""
+    found: dict[str, list[str]] = {}
+    for sentence in sentences:
+        architecture, _, rest = sentence.partition(" ")
+        found.setdefault(rest, []).append(architecture)
+    return [f"{', '.join(names)} {rest}" for rest, names in found.items()]
