@@ -2,18 +2,29 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import scattermoe_lora
 from conftest import DEVICE
 from verify import cli
+from verify.findings import read
 from verify.records import fingerprint, summary_of
 from verify.run import Outcome, Problem
 from verify.specs import KERNELS
 
 pytestmark = pytest.mark.correctness
 
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(scattermoe_lora.__path__[0])
+SUM = "tl.store(ptrs, acc.to(out.ptr.dtype.element_ty), mask=n < N)"
+"""The statement of `combine` that a planted fault changes."""
 ARGUMENTS = ["--kernels", "combine", "--cases", "plain", "--device", DEVICE]
 
 
@@ -57,6 +68,56 @@ def test_a_failure_sets_the_exit_status_and_is_one_line(tmp_path, capsys, monkey
     assert len(lines) == 1
     for word in ("combine", "plain", "float32", "x its limit", "expert", "row", "got", "want"):
         assert word in lines[0]
+
+
+def test_a_failure_is_written_and_rerun_by_the_command_it_names(tmp_path):
+    """A wrong kernel beside a copy of the package; the command is the one that was printed."""
+    (tmp_path / "verify").symlink_to(ROOT / "verify")
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
+    kernel = tmp_path / PACKAGE.name / "ops" / "rows.py"
+    right = kernel.read_text()
+    assert right.count(SUM) == 1
+    kernel.write_text(right.replace(SUM, SUM.replace("acc", "(acc * 1.25)")))
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    wanted = ["--dtypes", "float32", "--modes", "balanced", "--seed", "3"]
+    ran = run(sys.executable, "-m", "verify", *ARGUMENTS, *wanted, "--failures", "failures")
+    assert ran.returncode == 1, ran.stderr
+    (line,) = [text for text in ran.stdout.splitlines() if text.startswith("failed:")]
+    (file,) = (tmp_path / "failures").iterdir()
+    _, *command = shlex.split(line.rpartition("; rerun: ")[2])
+    assert command[:3] == ["-m", "verify", "replay"]
+    assert (tmp_path / command[3]).samefile(file)
+    again = run(sys.executable, *command)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "still fails, wrong" in again.stdout
+    reason = json.loads(file.read_text())["outcome"]["reason"]
+    assert reason in line
+    assert again.stdout.count(reason) == 2, "as it was met, and as it fails now"
+    kernel.write_text(right)
+    mended = run(sys.executable, *command)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert "passed now" in mended.stdout
+
+
+def test_failures_are_written_beside_the_record(tmp_path, monkeypatch):
+    def raises(lib, inputs, plan):
+        raise RuntimeError("nothing works")
+
+    combine = next(spec for spec in KERNELS if spec.name == "combine")
+    monkeypatch.setattr("verify.specs.KERNELS", (dataclasses.replace(combine, run=raises),))
+    _, record = run(tmp_path)
+    files = sorted((tmp_path / "out" / "failures").iterdir())
+    assert len(files) == len(record["outcomes"]) > 1
+    met = {(f.draw.dtype, f.draw.mode) for f in map(read, files)}
+    assert met == {(o["dtype"], o["mode"]) for o in record["outcomes"]}
+
+
+def test_what_passes_writes_no_failure(tmp_path):
+    run(tmp_path)
+    assert not (tmp_path / "out" / "failures").exists()
 
 
 def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):

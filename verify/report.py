@@ -1,6 +1,7 @@
 """Outcomes as text: one table, and one line per failure that a person can act on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -42,15 +43,23 @@ def _cell(outcomes: Sequence[Outcome]) -> Text:
     return Text(f"{max(ratios):.2f}", style=_STYLES["passed"])
 
 
-def failure_lines(outcomes: Iterable[Outcome]) -> list[str]:
-    """One line per outcome that needs attention."""
-    return [f"{outcome} (plan {outcome.plan})" for outcome in outcomes if not outcome.ok]
+def failure_line(outcome: Outcome, replay: str = "") -> str:
+    """An outcome that needs attention in one line, with the command that reruns it."""
+    words = f"{outcome} (plan {outcome.plan})"
+    return f"{words}; rerun: {replay}" if replay else words
 
 
-def print_report(console: Console, outcomes: Sequence[Outcome], *, seconds: float) -> None:
-    """The table, the failures and a closing line."""
+def print_report(
+    console: Console,
+    outcomes: Sequence[Outcome],
+    *,
+    seconds: float,
+    replays: Mapping[tuple[str, ...], str] = MappingProxyType({}),
+) -> None:
+    """The table, the failures and a closing line. replays: commands by the keys of outcomes."""
     console.print(results_table(outcomes))
-    for line in failure_lines(outcomes):
+    failures = [outcome for outcome in outcomes if not outcome.ok]
+    for line in (failure_line(outcome, replays.get(outcome.key, "")) for outcome in failures):
         console.print(Text(line, style="red"), soft_wrap=True)
     unavailable = [outcome for outcome in outcomes if outcome.status == "unavailable"]
     for reason in dict.fromkeys(outcome.reason for outcome in unavailable):

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import shlex
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECORD",
         help="put these outcomes in place of a record's, made with the same sources and machine",
     )
+    parser.add_argument(
+        "--failures",
+        type=Path,
+        metavar="DIR",
+        help="write failures there, for replay; beside the record, or into a temporary directory",
+    )
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
         "--quick", action="store_true", help="small cases, each in one dtype (default on a CPU)"
@@ -42,14 +50,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Replays:
+    """Where failures are written, and the commands that rerun them, by the keys of outcomes."""
+
+    def __init__(self, directory: Path | None, device: torch.device) -> None:
+        self.commands: dict[tuple[str, ...], str] = {}
+        self._directory, self._device = directory, device
+
+    @property
+    def directory(self) -> Path:
+        """The one that was stated, or a temporary one, made when it is first needed."""
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix="verify-failures-"))
+        return self._directory
+
+    def keep(self, key: tuple[str, ...], file: Path) -> str:
+        """The command that reruns a file, kept for the report."""
+        words = ["python", "-m", "verify", "replay", str(file), "--device", str(self._device)]
+        self.commands[key] = shlex.join(words)
+        return self.commands[key]
+
+
+def _place(arguments: argparse.Namespace) -> Path | None:
+    if arguments.failures is not None or arguments.json is None:
+        return arguments.failures
+    return arguments.json.parent / "failures"
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Run the checks; 1 if any failed or could not be done."""
     device = prepare(arguments.device)
     from ..environment import environment
+    from ..findings import write_failure
     from ..inputs import DTYPES, MODES
     from ..parallel import checked
     from ..records import Recorder, fingerprints, plain, renewed, selection_of, write_json
-    from ..report import print_report
+    from ..report import failure_line, print_report
     from ..run import Selection
     from ..specs import KERNELS
 
@@ -72,10 +108,11 @@ def main(arguments: argparse.Namespace) -> int:
     )
     problems = selection.problems(lib, KERNELS, device)
     workers = arguments.workers or (os.cpu_count() or 1 if device.type == "cpu" else 1)
+    facts = environment(device)
     recorder = Recorder(
         arguments.json,
         command="check",
-        environment=environment(device),
+        environment=facts,
         seed=arguments.seed,
         fingerprint=fingerprints(source_directory(), KERNELS),
         selection=selection_of(selection),
@@ -90,7 +127,7 @@ def main(arguments: argparse.Namespace) -> int:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    complete = False
+    complete, replays = False, Replays(_place(arguments), device)
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("checking", total=len(problems))
@@ -98,7 +135,9 @@ def main(arguments: argparse.Namespace) -> int:
                 for outcome in outcomes:
                     recorder.add(outcome)
                     if not outcome.ok:
-                        progress.console.print(str(outcome), style="red", markup=False)
+                        file = write_failure(replays.directory, outcome, problem, environment=facts)
+                        line = failure_line(outcome, replays.keep(outcome.key, file))
+                        progress.console.print(line, style="red", markup=False, soft_wrap=True)
                 name = f"{problem.spec.name} {problem.case.name}"
                 progress.update(task, description=name, advance=1)
         complete = True
@@ -107,7 +146,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.renew:
         old = json.loads(arguments.renew.read_text())
         write_json(arguments.renew, renewed(old, plain(recorder.record(complete=complete))))
-    print_report(Console(), recorder.outcomes, seconds=time.monotonic() - start)
+    seconds = time.monotonic() - start
+    print_report(Console(), recorder.outcomes, seconds=seconds, replays=replays.commands)
     if not recorder.outcomes:
         raise SystemExit("nothing was selected")
     return int(any(not outcome.ok for outcome in recorder.outcomes))
