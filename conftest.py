@@ -4,6 +4,7 @@ import hypothesis
 import pytest
 import torch
 
+from verify import benchmark_device, benchmark_plugin
 from verify.environment import prepare_interpreter
 
 DEVICE = prepare_interpreter()
@@ -25,10 +26,14 @@ def pytest_addoption(parser) -> None:
         default="gate",
         help="hypothesis: `gate` draws the same bounded examples each time, `fuzz` new ones",
     )
+    benchmark_plugin.add_options(parser)
 
 
 def pytest_configure(config) -> None:
     hypothesis.settings.load_profile(config.getoption("--profile"))
+    if config.pluginmanager.hasplugin("benchmark"):
+        machine = benchmark_device.ThisMachine(torch.device(DEVICE))
+        config.pluginmanager.register(benchmark_plugin.BenchmarkGate(machine), "benchmark-gate")
 
 
 @pytest.fixture(scope="session")

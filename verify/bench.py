@@ -37,7 +37,7 @@ class Entry:
     """One benchmark, measured. Times in milliseconds unless named otherwise, sizes in bytes.
 
     detail: what explains the numbers: plans, quartiles, rates, share of the floor, host time,
-    controls.
+    controls. samples: what `ms` is the median of; records do not keep them.
     """
 
     case: BenchCase
@@ -50,6 +50,7 @@ class Entry:
     launches: int | None
     peers: Mapping[str, PeerResult] = field(default_factory=dict)
     detail: Mapping[str, Any] = field(default_factory=dict)
+    samples: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -176,6 +177,7 @@ class Bench:
                 for name, item in arms.items()
             },
             detail=detail,
+            samples=ours.samples,
         )
 
     def _controls(self, case: BenchCase, drawn: Drawn) -> dict[str, Arm]:

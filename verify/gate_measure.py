@@ -94,7 +94,7 @@ class Pairs:
     """How pairs are measured.
 
     libs: arm -> imported package, of `ARMS`. exact: compare results, memory and launches too.
-    plant: slows the second revision, its copy not. arms, draws: what makes the calls and tensors of
+    plant: slows the second revision and its copy. arms, draws: what makes the calls and tensors of
     a case.
     """
 
@@ -152,7 +152,7 @@ class Pairs:
         if not warm:
             _warm_up(self.clock, calls[HEAD], self.warm_up)
         if self.plant is not None:
-            calls[HEAD] = self.plant.slowed(self.clock, calls[HEAD])
+            calls |= self.plant.slowed(self.clock, calls[BASE], {n: calls[n] for n in (HEAD, TWIN)})
         samples, facts["host_ms"] = self._samples(calls)
         if self.exact:
             facts["peak_bytes"] = [peak_bytes(arms[n].call, self.device) for n in (BASE, HEAD)]

@@ -7,7 +7,7 @@ kernel, for whatever runs whole revisions.
 
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ _LAUNCH_FILE = "_launch.py"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plant:
-    """Slows calls. percent: of their own time. wait: makes a call that keeps the device busy for so
-    many milliseconds.
+    """Slows calls. percent: of the time of what they are compared with. wait: makes a call that
+    keeps the device busy for so many milliseconds.
     """
 
     percent: float
@@ -31,18 +31,21 @@ class Plant:
         if not 0 < self.percent <= 100:
             raise ValueError(f"a slowdown of {self.percent}% is not between 0 and 100%")
 
-    def slowed(self, clock: Clock, call: Call) -> Call:
-        """The call, followed by the share of its own median time that is planted."""
-        host = clock.enqueue(call, 5)
-        (samples,) = clock.samples([call], _ROUNDS, [host])
+    def slowed(self, clock: Clock, base: Call, calls: Mapping[str, Call]) -> dict[str, Call]:
+        """The calls, each followed by the share of the median time of `base` that is planted."""
+        host = clock.enqueue(base, 5)
+        (samples,) = clock.samples([base], _ROUNDS, [host])
         wait = self.wait(statistics.median(samples) * self.percent / 100)
+        return {name: _followed(call, wait) for name, call in calls.items()}
 
-        def slower() -> object:
-            found = call()
-            wait()
-            return found
 
-        return slower
+def _followed(call: Call, wait: Call) -> Call:
+    def both() -> object:
+        found = call()
+        wait()
+        return found
+
+    return both
 
 
 def busy_wait(clock: Clock) -> Callable[[float], Call]:

@@ -116,7 +116,11 @@ class VirtualClock(HostClock):
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        super().__init__(lambda: self.seconds)
+        super().__init__(self.now)
+
+    def now(self) -> float:
+        """Seconds that have passed."""
+        return self.seconds
 
     def spend(self, milliseconds: float) -> None:
         """Let time pass."""
