@@ -102,7 +102,10 @@ def test_models_have_the_value_of_the_truth(spec):
     for case in [case for case in spec.cases if case.tokens and "model" not in case.tags][::6]:
         inputs = spec.inputs(case, torch.float32, spec.modes[0], CPU)
         for name, expected in spec.reference(inputs, Arithmetic()).items():
-            torch.testing.assert_close(expected.model.value, expected.value, msg=f"{name}")
+            model, truth = expected.model.value, expected.value
+            assert torch.equal(model.isfinite(), truth.isfinite()), name
+            finite = truth.isfinite()
+            torch.testing.assert_close(model[finite], truth[finite], msg=f"{name}")
 
 
 @pytest.mark.parametrize("rounds", Rounds)

@@ -14,6 +14,8 @@ from .routings import DROPPING, RoutingKind
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset")
 ORDERS = ("TOKEN", "SLOT", "EXPERT")
+VALUES = (*("normal", "offset", "scales", "tiny-x", "tiny-dy", "huge-x", "huge-dy", "not-finite"),)
+"""Kinds of values, see `values`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class Case:
     (transposed: stored
     [experts, n_out, k_in]; strided: gaps between columns; offset: starts off the alignment of the
     allocator).
-    lora_dtype: "same" as the activations, or "float32". values: normal, or offset (non-zero mean).
+    lora_dtype: "same" as the activations, or "float32". values: one of VALUES.
     family: the transformers model that x, weight and top_k_index are taken from, or empty.
     """
 
@@ -60,6 +62,8 @@ class Case:
             )
         if self.source not in ORDERS or self.target not in ORDERS[1:]:
             raise ValueError(f"{self.name}: rows cannot go from {self.source} to {self.target}")
+        if self.values not in VALUES:
+            raise ValueError(f"{self.name}: values {self.values!r} must be in {VALUES}")
         if min(self.experts, self.top_k, self.k_in, self.n_out, self.rank) < 1 or self.tokens < 0:
             raise ValueError(f"{self.name}: sizes must be positive")
 
@@ -82,6 +86,11 @@ class Case:
     def drops(self) -> bool:
         """Whether some slots may belong to no expert."""
         return self.routing.name in DROPPING
+
+    @property
+    def extreme(self) -> bool:
+        """Whether its values are drawn near the limits of a dtype, or past them."""
+        return self.values not in ("normal", "offset")
 
     @property
     def shape(self) -> str:
@@ -114,6 +123,26 @@ SMOKE: tuple[Case, ...] = (
     _small("holes", "smoke", routing="holes:50", experts=6, weight_layout="transposed", rank=5),
 )
 
+
+def _valued(name: str, values: str, **changes: Any) -> Case:
+    sizes = {"tokens": 14, "k_in": 40, "n_out": 34, "rank": 4}
+    return _small(name, "edge", values=values, **{**sizes, **changes})
+
+
+EXTREMES: tuple[Case, ...] = (
+    _valued("scaled-experts", "scales", experts=6, bias=True, gradient="TOKEN"),
+    _valued("scaled-experts-slot", "scales", experts=5, source="SLOT", target="SLOT", gated=True),
+    _valued("subnormal", "tiny-x", bias=True),
+    _valued("subnormal-gradient", "tiny-dy", source="EXPERT", target="SLOT", bias=True),
+    _valued("near-overflow", "huge-x", bias=True, target="SLOT"),
+    _valued("near-overflow-gradient", "huge-dy", source="SLOT"),
+    _valued("not-finite", "not-finite", bias=True, top_k=1, tokens=20),
+    _valued(
+        "not-finite-sentinels", "not-finite", source="SLOT", target="SLOT", gated=True,
+        routing="sentinels:40",
+    ),
+)  # fmt: skip
+
 EDGES: tuple[Case, ...] = (
     _small("no-tokens", tokens=0),
     _small("one-token", tokens=1, bias=True),
@@ -132,6 +161,7 @@ EDGES: tuple[Case, ...] = (
     _small("boundary-32", routing="boundary:32:1", tokens=63, bias=True),
     _small("boundary-64", routing="boundary:64:2", tokens=96, experts=3),
     _small("boundary-128", routing="boundary:128:0", tokens=256, top_k=1, experts=2, k_in=64),
+    _small("boundary-192", routing="boundary:192:0", tokens=576, top_k=1, experts=3, k_in=48),
     _small("boundary-wide", routing="boundary:16:0", tokens=31, k_in=24, n_out=300),
     _small("alternating", routing="alternating", experts=6, tokens=51),
     _small("zipf", routing="zipf", experts=8, tokens=60, top_k=3, rank=8),
@@ -156,6 +186,7 @@ EDGES: tuple[Case, ...] = (
     _small("gated-sentinels", gated=True, routing="sentinels:40", source="SLOT", rank=12),
     _small("power-of-two-scaling", scaling=0.25),
     _small("offset-values", values="offset", k_in=130),
+    *EXTREMES,
 )
 
 

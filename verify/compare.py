@@ -208,7 +208,8 @@ class _Errors:
         energy = torch.stack([total(self.independent.sum(1)), total(shared)])
         sources = total(self.expected.sources.reshape(-1))
         given = self.expected.freedom
-        own = (self.expected.sources if given is None else given).reshape(-1).double().clamp_min(1)
+        own = (self.expected.sources if given is None else given).reshape(-1).double()
+        own = own.nan_to_num(nan=1.0).clamp_min(1)
         if self.expected.coupled == "expert":
             fluctuation = total(shared / own.sqrt()).square()
         else:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cases import LAYOUTS, ORDERS, Case
+from .cases import LAYOUTS, ORDERS, VALUES, Case
 from .draws import LISTED_ONLY, Draw
 from .routings import DROPPING, TILE_HEIGHTS, RoutingKind
 from .shrink import possible
@@ -30,11 +30,11 @@ _KINDS: tuple[str, ...] = (
 )
 _RESPECTS = (
     *("tokens", "tokens", "experts", "top_k", "k_in", "n_out", "rank", "routing", "routing"),
-    *("weight_layout", "x_layout", "orders", "extras", "scaling"),
+    *("weight_layout", "x_layout", "orders", "extras", "scaling", "values"),
 )
 _CHOICES = (
     *("source", "target", "gradient", "weight_layout", "x_layout"),
-    *("bias", "gated", "lora_dtype"),
+    *("bias", "gated", "lora_dtype", "values"),
 )
 _BEYOND = 2**31
 """Elements from which a 32-bit offset overflows."""
@@ -231,7 +231,7 @@ class Drawing:
             changes = {"bias": pick((True, False)), "gated": pick((True, False))}
             changes["lora_dtype"] = pick(("same", "same", "float32"))
         else:
-            changes[name] = pick(_SCALINGS if name == "scaling" else LAYOUTS)
+            changes[name] = pick({"scaling": _SCALINGS, "values": VALUES}.get(name, LAYOUTS))
         return self._sized(replace(case, **_offered(spec, changes)), case)
 
     def _sized(self, case: Case, otherwise: Case) -> Case:

@@ -49,12 +49,13 @@ class Expected:
         return moved.reshape(-1, moved.shape[-1])
 
     def weakest_share(self) -> tuple[str, float]:
-        """The term that carries the least of the output's norm, and its share; ("", 1) without
-        terms.
+        """The term that carries the least of the output's norm, what is finite of it, and its
+        share; ("", 1) without terms.
         """
-        norm = float(torch.linalg.vector_norm(self.value))
+        finite = self.value.isfinite()
+        norm = float(torch.linalg.vector_norm(self.value[finite]))
         shares = {
-            name: float(torch.linalg.vector_norm(term)) / norm if norm else 1.0
+            name: float(torch.linalg.vector_norm(term[finite])) / norm if norm else 1.0
             for name, term in self.terms.items()
         }
         if not shares:

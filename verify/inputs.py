@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .captured import Captured, capture
 from .cases import Case
+from .values import valued
 
 MODES = ("balanced", "lora-only", "exact")
 DTYPES: Mapping[str, torch.dtype] = {
@@ -99,6 +100,8 @@ def make_inputs(
         top_k_index = real.top_k_index
         tensors["x"] = real.hidden.to(device)
         tensors["weight"] = real.gate_up.mT.to(device).clone()
+    if mode != "exact":
+        tensors = valued(tensors, case, dtype, top_k_index)
     if mode == "lora-only":
         tensors["weight"].zero_()
         tensors["bias"].zero_()
@@ -155,8 +158,6 @@ class _Normal:
     def linear(self, case: Case) -> dict[str, Tensor]:
         experts, k_in, n_out, rank = case.experts, case.k_in, case.n_out, case.rank
         x = self._draw(rows_of(case, case.source), k_in)
-        if case.values == "offset":
-            x.add_(1.0)
         gates = torch.rand(case.tokens, case.top_k, generator=self.generator, device=self.device)
         return {
             "x": x,

@@ -26,6 +26,10 @@ _FUNCTION_EPSILON = 2.0**-21
 """Relative error allowed to exp, tanh and what is built of a few fp32 operations."""
 
 
+_SMALLEST = 2.0**-149
+"""The smallest fp32 number: sums below the normal numbers are rounded to its multiples."""
+
+
 def accumulation_epsilon(length: int) -> float:
     """Relative error allowed to fp32 sums of `length` products, tensor cores included."""
     return 4e-9 * length + 1e-7
@@ -163,6 +167,7 @@ def matmul(left: Uncertain, right: Uncertain) -> Uncertain:
     drift = _carried(left.drift, right_square) + _carried_right(left_square, right.drift)
     spread = left_square @ right_square + value.square()
     drift = drift + spread.mul_(accumulation_epsilon(length) ** 2)
+    drift = drift + length * _SMALLEST**2
     return Uncertain(value, _zero(value), shared, drift)
 
 

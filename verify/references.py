@@ -183,10 +183,15 @@ class GatedActivation:
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         """f, elementwise."""
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        gate, up = _at_most(gate, self.limit), -_at_most(-_at_most(up, self.limit), self.limit)
         if self.tanh:
             return up * torch.nn.functional.gelu(gate, approximate="tanh")
         return (up + self.shift) * gate * torch.sigmoid(self.alpha * gate)
+
+
+def _at_most(value: Tensor, limit: float) -> Tensor:
+    """Clipped from above; a NaN stays one, in the value and in its derivative."""
+    return torch.where(value > limit, torch.full_like(value, limit), value)
 
 
 def experts_mlp(

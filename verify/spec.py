@@ -133,7 +133,7 @@ class KernelSpec:
             mode
             for mode in self.modes
             if mode == "balanced"
-            or (mode == "exact" and "model" not in tags)
+            or (mode == "exact" and "model" not in tags and not case.extreme)
             or (mode == "lora-only" and tags & {"smoke", "bench"})
         ]
         return tuple((dtype, mode) for dtype in self.dtypes for mode in modes)
@@ -148,13 +148,16 @@ class KernelSpec:
         """
         place = self.cases.index(case)
         smoke = "smoke" in case.tags
-        if place % self.thrift and not smoke:
+        if place % self.thrift and not smoke and not case.extreme:
             return ()
         turn = place // self.thrift + len(self.name)
         dtype, other = (self.dtypes[(turn + step) % len(self.dtypes)] for step in (0, 1))
         if smoke and self.thrift == 1:
             runs = [(each, "balanced") for each in self.dtypes]
             runs += [(dtype, "exact"), (other, "lora-only")]
+        elif case.extreme:
+            runs = [(dtype, "balanced")]
+            runs += [(other, "balanced")] if self.thrift == 1 else []
         else:
             runs = [(dtype, "balanced"), *([(other, "exact")] if turn % 3 == 0 else [])]
         return tuple(run for run in runs if run in self.runs(case))

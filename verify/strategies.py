@@ -4,7 +4,7 @@ well.
 
 from hypothesis import strategies as st
 
-from .cases import LAYOUTS, ORDERS, Case
+from .cases import LAYOUTS, ORDERS, VALUES, Case
 from .routings import KINDS, RoutingKind
 
 _PARAMETERS = {
@@ -45,5 +45,6 @@ def cases(draw: st.DrawFn, *, largest_rows: int = 160, largest_width: int = 160)
         bias=draw(st.booleans()),
         lora_dtype=draw(st.sampled_from(("same", "float32"))),
         scaling=draw(st.sampled_from((1.7, -1.3, 0.5))),
+        values=draw(st.sampled_from(VALUES)),
         seed=draw(st.integers(0, 99)),
     )

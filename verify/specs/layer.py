@@ -24,6 +24,8 @@ from .glu import activation_of, glu, glu_gradient, of_package
 from .projection import over_choices, per_slot
 
 _PROJECTIONS = ("up", "down")
+_VALUES = ("normal", "offset", "scales", "tiny-dy", "not-finite")
+"""Kinds of values whose products stay finite, and above zero, through two projections."""
 
 
 def _cases() -> tuple[Case, ...]:
@@ -32,6 +34,7 @@ def _cases() -> tuple[Case, ...]:
         replace(case, source="TOKEN", target="SLOT", gradient="TOKEN", gated=True)
         for case in small
         if case.x_layout == "contiguous" and case.lora_dtype == "same" and case.tokens
+        if case.values in _VALUES
     )
 
 
@@ -39,7 +42,8 @@ def _inputs(
     case: Case, dtype: torch.dtype, mode: str, device: torch.device, *, seed: int = 0
 ) -> Inputs:
     """x, gates and dout of a layer, and weight, lora_a, lora_b (and bias) of each projection."""
-    up = make_inputs(case, dtype, mode, device, seed=seed)
+    first = replace(case, values="normal") if case.values == "scales" else case
+    up = make_inputs(first, dtype, mode, device, seed=seed)
     narrow = replace(case, k_in=case.n_out // 2, n_out=case.k_in, seed=case.seed + 17, family="")
     down = make_inputs(narrow, dtype, mode, device, seed=seed)
     if case.family:

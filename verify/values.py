@@ -1,0 +1,84 @@
+"""Kinds of values that a case is drawn with, beside those of unit variance.
+
+offset      x has a mean of one
+scales      weight, B and bias of every expert times a power of two of its own, over many decades;
+            rows of dy with an expert times the root of its inverse
+tiny-x      x and bias so small that products are subnormal numbers; tiny-dy likewise
+huge-x      x and bias so large that products come near the largest finite number; huge-dy likewise
+not-finite  a NaN and an infinity in rows of x, and in rows of dy
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .references import Groups
+
+_DECADES: Mapping[torch.dtype, int] = {torch.float16: 6, torch.bfloat16: 40, torch.float32: 40}
+"""Largest exponent of an expert's scale; sums over thousands of rows must stay finite."""
+_HUGE: Mapping[torch.dtype, tuple[int, int]] = {
+    torch.float16: (11, -8),
+    torch.bfloat16: (122, -16),
+    torch.float32: (122, -16),
+}
+"""Exponents of the huge operand and of the other one, so that sums of products stay finite."""
+
+
+def valued(
+    tensors: Mapping[str, Tensor], case: Case, dtype: torch.dtype, top_k_index: Tensor
+) -> dict[str, Tensor]:
+    """Operands of a linear problem, drawn with unit variance, with the values of the case."""
+    found = dict(tensors)
+    kind, _, operand = case.values.partition("-")
+    if kind == "offset":
+        found["x"] = found["x"] + 1.0
+    elif kind == "scales":
+        found |= _scaled(found, case, dtype, top_k_index)
+    elif kind in ("tiny", "huge"):
+        other = {"x": "dy", "dy": "x"}[operand]
+        own, others = _HUGE[dtype] if kind == "huge" else (_tiny(dtype), 0)
+        found[operand] = found[operand] * 2.0**own
+        found[other] = found[other] * 2.0**others
+        found["bias"] = found["bias"] * 2.0 ** (own if operand == "x" else others)
+    elif kind == "not":
+        found["x"] = poisoned(found["x"], 0)
+        if not case.drops:
+            found["dy"] = poisoned(found["dy"], 2)
+    return found
+
+
+def poisoned(rows: Tensor, first: int) -> Tensor:
+    """A NaN in the row `first`, counted around, and an infinity in the next but three."""
+    rows = rows.clone()
+    if rows.numel():
+        count, width = rows.shape
+        rows[(first + 3) % count, width // 2] = -torch.inf
+        rows[first % count, -1] = torch.nan
+    return rows
+
+
+def _tiny(dtype: torch.dtype) -> int:
+    """The exponent of a quarter of the smallest normal number."""
+    _, exponent = math.frexp(torch.finfo(dtype).smallest_normal)
+    return exponent - 3
+
+
+def _scaled(
+    tensors: Mapping[str, Tensor], case: Case, dtype: torch.dtype, top_k_index: Tensor
+) -> dict[str, Tensor]:
+    largest = _DECADES[dtype]
+    steps = torch.linspace(-largest, largest, case.experts).div(2).round().mul(2)
+    order = torch.randperm(case.experts, generator=torch.Generator().manual_seed(case.seed))
+    exponents = steps[order] if case.experts > 1 else steps.abs()
+    device = tensors["weight"].device
+    scale = torch.exp2(exponents.to(device))
+    found = {name: tensors[name] * scale[:, None, None] for name in ("weight", "lora_b")}
+    found["bias"] = tensors["bias"] * scale[:, None]
+    if case.dy_order != "TOKEN":
+        labels = Groups.of(top_k_index, case.experts).labels(case.dy_order).to(device)
+        inverse = torch.cat([scale.rsqrt(), scale.new_ones(1)])
+        found["dy"] = tensors["dy"] * inverse[labels][:, None]
+    return found
