@@ -150,7 +150,7 @@ def test_peers_are_right_before_they_are_timed(monkeypatch):
     judge = Judge.of(case, drawn)
     monkeypatch.setattr(peers, "_unadapted_problem", lambda *arguments: "not judged here")
     arms, left_out = peers.arms_beside(case, drawn, judge)
-    assert set(arms) == {peers.COMPOSITION, peers.HF_PEFT}
+    assert set(arms) == {peers.COMPOSITION, peers.HF_PEFT, peers.INTEGRATED}
     assert left_out == {peers.HF: "not judged here"}
 
 

@@ -25,6 +25,7 @@ Peer = Callable[[BenchCase, Drawn], Arm | None]
 COMPOSITION = "torch._grouped_mm composition"
 HF = "transformers grouped_mm, no adapter"
 HF_PEFT = "transformers grouped_mm + PEFT"
+INTEGRATED = "this package in transformers + PEFT"
 LIGER = "Liger fused MoE, no adapter"
 BITSANDBYTES = "bitsandbytes dequantize_4bit"
 
@@ -61,7 +62,7 @@ def _decoding(case: BenchCase, drawn: Drawn, projection: str) -> Callable[[], Te
     return lambda: call().view(shape).mT
 
 
-def _experts(case: BenchCase, drawn: Drawn) -> nn.Module:
+def _experts(case: BenchCase, drawn: Drawn, *, implementation: str = "grouped_mm") -> nn.Module:
     """transformers' Qwen3 experts over the tensors of a case; other models compute the same."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -74,7 +75,7 @@ def _experts(case: BenchCase, drawn: Drawn) -> nn.Module:
         num_experts_per_tok=shape.top_k,
         hidden_act="silu",
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = implementation
     with torch.device("meta"):
         module = Qwen3MoeExperts(config)
     for name in PROJECTIONS:
@@ -98,10 +99,33 @@ def transformers_peft(case: BenchCase, drawn: Drawn) -> Arm | None:
     """
     if case.kind != "layer" or case.torch_dtype != torch.bfloat16:
         return None
+    model, factors = _with_peft(case, drawn)
+    leaves = {name: leaf(drawn[name]) for name in ("x", "gates")} | factors
+    return _module_arm(case, drawn, model.base_model.model.experts, leaves, adapted=True)
+
+
+def integrated(case: BenchCase, drawn: Drawn) -> Arm | None:
+    """The package as users of transformers and PEFT call it: the cost of the way in, beside the
+    layer alone.
+    """
+    if case.kind != "layer":
+        return None
+    transformers = importlib.import_module("scattermoe_lora.integrations.transformers")
+    attach = importlib.import_module("scattermoe_lora.integrations.peft").attach
+    model, factors = _with_peft(case, drawn, implementation=transformers.KEY)
+    attach(model)
+    leaves = {name: leaf(drawn[name]) for name in ("x", "gates")} | factors
+    return _module_arm(case, drawn, model.base_model.model.experts, leaves, adapted=True)
+
+
+def _with_peft(
+    case: BenchCase, drawn: Drawn, *, implementation: str = "grouped_mm"
+) -> tuple[Any, dict[str, Tensor]]:
+    """transformers' experts with PEFT's adapters, filled with those of the case."""
     from peft import LoraConfig, get_peft_model
 
     holder: Any = nn.Module()
-    holder.experts = _experts(case, drawn)
+    holder.experts = _experts(case, drawn, implementation=implementation)
     holder.config = SimpleNamespace(model_type="custom", to_dict=dict)
     targets = [f"experts.{name}_proj" for name in PROJECTIONS]
     config = LoraConfig(
@@ -112,9 +136,7 @@ def transformers_peft(case: BenchCase, drawn: Drawn) -> Arm | None:
         lora_dropout=0.0,
     )
     model = get_peft_model(holder, config, autocast_adapter_dtype=False)
-    factors = _peft_factors(model, drawn)
-    leaves = {name: leaf(drawn[name]) for name in ("x", "gates")} | factors
-    return _module_arm(case, drawn, model.base_model.model.experts, leaves, adapted=True)
+    return model, _peft_factors(model, drawn)
 
 
 def _peft_factors(model: nn.Module, drawn: Drawn) -> dict[str, Tensor]:
@@ -212,6 +234,7 @@ PEERS: Mapping[str, Peer] = {
     COMPOSITION: composition,
     HF: transformers_experts,
     HF_PEFT: transformers_peft,
+    INTEGRATED: integrated,
     LIGER: liger,
     BITSANDBYTES: bitsandbytes,
 }
