@@ -33,7 +33,7 @@ class Speeds:
     slower: Mapping[str, float] = field(default_factory=dict)
     every: float = 1.0
     between: float = 0.002
-    within: float = 0.01
+    within: float = 0.003
     seed: int = 0
     raises: Mapping[str, str] = field(default_factory=dict)
     value: Callable[[str, str], float] = lambda arm, name: 1.0

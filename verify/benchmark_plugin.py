@@ -26,6 +26,7 @@ from .timing import VirtualClock
 
 _STORAGE = "file://./.benchmarks"
 """pytest-benchmark's own default."""
+_STORING = ("benchmark_compare", "benchmark_save", "benchmark_autosave", "benchmark_json")
 _UNKNOWN = ("unversioned", "unknown", "")
 _SHOWN = 5
 
@@ -117,6 +118,8 @@ class BenchmarkGate:
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Refuse what could only pass without a comparison; give each GPU its own storage."""
+        if not any(config.getoption(name) for name in _STORING):
+            return
         if self._device.gpu and config.getoption("benchmark_storage") == _STORAGE:
             config.option.benchmark_storage = f"{_STORAGE}/{gpu_directory_name(self._device.gpu)}"
         if not _comparing(config):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .timing import Call, Clock
 
 _ROUNDS = 20
@@ -48,21 +50,24 @@ def _followed(call: Call, wait: Call) -> Call:
     return both
 
 
-def busy_wait(clock: Clock) -> Callable[[float], Call]:
-    """Makes calls that keep the current CUDA device busy, timed by the clock beforehand."""
-    import torch
+def busy_wait(
+    clock: Clock, spin: Callable[[int], None] = torch.cuda._sleep
+) -> Callable[[float], Call]:
+    """Makes calls that keep the device busy for so many milliseconds, by the clock.
 
-    def spin(cycles: int) -> Call:
-        return lambda: torch.cuda._sleep(cycles)
+    spin: keeps the current device busy for so many cycles; a call of it takes more than its cycles,
+    which is counted, so that waits shorter than one call are longer than they should be.
+    """
+
+    def spinning(cycles: int) -> Call:
+        return lambda: spin(cycles)
 
     few, many = 20_000, 220_000
-    counts = [spin(few), spin(many)]
-    pairs = clock.samples(counts, _ROUNDS, [0.05, 0.05])
-    short, long = (statistics.median(found) for found in pairs)
+    found = clock.samples([spinning(few), spinning(many)], _ROUNDS, [0.05, 0.05])
+    short, long = (statistics.median(samples) for samples in found)
     per_ms = (many - few) / (long - short)
-    # What a wait takes beyond its cycles: the launch between two kernels.
     overhead = max(short - few / per_ms, 0.0)
-    return lambda milliseconds: spin(max(int((milliseconds - overhead) * per_ms), 1))
+    return lambda milliseconds: spinning(max(int((milliseconds - overhead) * per_ms), 1))
 
 
 _PLANTED = '''

@@ -23,7 +23,8 @@ from .statistics import Rule
 SAMPLES = "gate-samples.json"
 """Raw samples of equal revisions on one GPU, beside its other records."""
 
-_SAME = ("environment", "fingerprint", "seed", "base", "head", "plant", "calibration")
+_SAME = ("fingerprint", "seed", "base", "head", "plant", "calibration")
+_SAME_MACHINE = ("device", "driver", "cuda", "torch", "triton", "python")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,6 +68,10 @@ class GateRecord:
         if not path.is_file():
             return [], "there is no record to go on with"
         old = json.loads(path.read_text())
+        for key in _SAME_MACHINE:
+            before, now = old["environment"].get(key), self.head["environment"].get(key)
+            if before != now:
+                return [], f"{path} is of {key} {before}, this is {now}: all is measured again"
         for key in _SAME:
             if old.get(key) != self.head[key]:
                 return [], f"{path} has another {key}: everything is measured again"

@@ -36,7 +36,15 @@ _HEAD: dict[str, tuple[type, ...]] = {
 _STATUSES = ("passed", "failed", "error", "unavailable")
 _KEY = ("kernel", "case", "dtype", "mode")
 _WORDS = (*_KEY, "path", "plan", "status", "measure", "reason")
-_OPTIONS = {"check": ("--full",), "mutants": ("--full",), "fuzz": ("--minutes", "20")}
+_OPTIONS = {
+    "check": ("--full",),
+    "mutants": ("--full",),
+    "fuzz": ("--minutes", "20"),
+    "gate": ("--against", "main"),
+    "gate-samples": ("--calibrate",),
+}
+_COMMANDS = {"gate-samples": "gate"}
+"""Records that are not named after the command that makes them."""
 _WITHOUT_DEVICE = ("compile", "qualify")
 _SHOWN = 4
 
@@ -136,7 +144,8 @@ def refresh_command(command: str, file: Path) -> str:
     """The command line that makes a record anew."""
     path = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     device = () if command in _WITHOUT_DEVICE else ("--device", "cuda")
-    words = ("python -m verify", command, *_OPTIONS.get(command, ()), *device)
+    name = _COMMANDS.get(command, command)
+    words = ("python -m verify", name, *_OPTIONS.get(command, ()), *device)
     return " ".join((*words, "--json", str(path)))
 
 
@@ -208,6 +217,8 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     """State and reason of a record of another command."""
     if record["summary"].get("complete") is False:
         return "incomplete", "the run was interrupted"
+    if record["command"] == "gate" and record["summary"].get("regression"):
+        return "failed", f"{record['summary']['regression']} benchmarks got slower"
     stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
     return ("stale", stale) if stale else (GOOD, "")
 

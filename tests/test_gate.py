@@ -1,0 +1,412 @@
+"""The gate on a virtual device: what it measures, decides, compares exactly and takes up again."""
+
+import itertools
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sample_records import head
+from virtual_device import Speeds, cases
+
+import scattermoe_lora
+from verify import peer_figures, revision
+from verify.bench_arms import Arm, arm_of
+from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase
+from verify.cli import main
+from verify.gate import Gate, exit_status, summary_of
+from verify.gate_cases import MOST, WITNESSES, suite, tiny_suite
+from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing
+from verify.gate_plant import Plant, busy_wait, slow_tree
+from verify.gate_process import Trees, digest, tree_of
+from verify.record_check import Sources, inspect
+from verify.statistics import AMBIGUOUS, IMPROVEMENT, REGRESSION, SAME, UNMEASURED, Rule
+from verify.timing import Effort, HostClock, VirtualClock
+
+pytestmark = pytest.mark.correctness
+
+CPU = torch.device("cpu")
+PACKAGE = Path(scattermoe_lora.__path__[0])
+SIX = cases(6)
+NAME = SIX[2].name
+DEQUANT = BenchCase(
+    kind="dequant",
+    what="nf4",
+    shape=SHAPES["tiny"],
+    projection="down",
+    tokens=1,
+    rank=0,
+    dtype="float32",
+)
+
+
+def gate_of(speeds, count=6, **facts):
+    gate = Gate(cases=cases(count), visit=speeds.visits, **facts)
+    list(gate.run())
+    return gate
+
+
+def outcome(gate):
+    """The decisions by name, and the exit status."""
+    results = gate.results()
+    status = exit_status(summary_of(results, gate.invalid()))
+    return {item.name: item.decision for item in results}, status
+
+
+# The suite
+
+
+def test_the_suite_is_small_and_covers_every_regime():
+    found = suite()
+    assert len({case.name for case in found}) == len(found) <= MOST
+    assert {case.kind for case in found} == set(KINDS)
+    for kind, whats in WHATS.items():
+        assert {case.what for case in found if case.kind == kind} == set(whats)
+    products = [case for case in found if case.kind == "projection"]
+    assert {case.projection for case in products} == set(PROJECTIONS)
+    assert {case.tokens for case in products} == {128, 2048, 8192}
+    assert {case.rank for case in products} == {16, 32, 64}
+    assert {case.routing for case in products} == {"balanced", "zipf", "half"}
+    assert {case.dtype for case in products} == {"bfloat16", "float16", "float32"}
+    steps = [case for case in found if (case.kind, case.what) == ("layer", "step")]
+    assert {case.shape.name for case in steps} == set(SHAPES) - {"tiny"}
+    assert {case.tokens for case in steps} == {128, 2048, 8192}
+
+
+@pytest.mark.parametrize("made", [suite(), tiny_suite()], ids=["gpu", "cpu"])
+def test_cases_on_the_same_tensors_are_neighbours(made):
+    keys = [case.inputs_key for case in made]
+    assert sum(a != b for a, b in itertools.pairwise(keys)) == len(set(keys)) - 1
+
+
+def test_witnesses_are_in_the_suite_and_have_a_figure():
+    assert set(WITNESSES) <= {case.name for case in suite()}
+    for figures in peer_figures.FIGURES.values():
+        assert set(WITNESSES) <= set(figures)
+
+
+# Decisions
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_revisions_are_the_same_after_three_processes(seed):
+    gate = gate_of(Speeds(seed=seed, between=0.001), count=60)
+    decisions, status = outcome(gate)
+    assert set(decisions.values()) == {SAME}
+    assert status == 0
+    assert {item.processes for item in gate.results()} == {3}
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.05, 1), (1.1, 1), (0.9, 0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_change_of_one_benchmark_is_found_and_no_other(seed, factor, status):
+    decisions, found = outcome(gate_of(Speeds(seed=seed, slower={NAME: factor}), count=60))
+    assert decisions.pop(NAME) == (REGRESSION if factor > 1 else IMPROVEMENT)
+    assert set(decisions.values()) == {SAME}
+    assert found == status
+
+
+def test_only_what_is_undecided_is_measured_again():
+    gate = gate_of(Speeds(slower={NAME: 1.025}, between=0.0005, within=0.002))
+    counts = {item.name: item.processes for item in gate.results()}
+    assert counts.pop(NAME) == Rule().stages[-1]
+    assert set(counts.values()) == {3}
+
+
+def test_noise_is_no_success():
+    decisions, status = outcome(gate_of(Speeds(between=0.06)))
+    assert AMBIGUOUS in decisions.values()
+    assert status == 2
+
+
+def test_noise_known_from_before_counts():
+    history = {case.name: [0.02, -0.02, 0.03, -0.03, 0.02, -0.01] * 3 for case in SIX}
+    speeds = Speeds(between=0.001, within=0.001)
+    assert {item.processes for item in gate_of(speeds).results()} == {3}
+    assert {item.processes for item in gate_of(speeds, history=history).results()} != {3}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_what_cannot_be_run_is_unmeasured_and_not_tried_again(arm):
+    gate = gate_of(Speeds(raises={NAME: arm}))
+    decisions, status = outcome(gate)
+    assert decisions[NAME] == UNMEASURED
+    assert status == 2
+    (visit,) = [visit for visit in gate.found if visit.name == NAME]
+    assert visit.reason == f"_ArmError: {arm} raises RuntimeError: no kernel image"
+
+
+def test_time_that_is_over_leaves_benchmarks_unmeasured():
+    gate = gate_of(Speeds(), seconds=0.0)
+    decisions, status = outcome(gate)
+    assert set(decisions.values()) == {UNMEASURED}
+    assert status == 2
+    assert gate.results()[0].reason == "no process has measured it"
+
+
+def test_nothing_measured_is_no_success():
+    assert exit_status(summary_of([], [])) == 2
+
+
+def test_a_run_goes_on_where_it_was_interrupted():
+    whole = gate_of(Speeds())
+    first = Gate(cases=SIX, visit=Speeds().visits)
+    kept = list(itertools.islice(first.run(), 8))
+    asked = []
+
+    def visit(waiting, process, seconds):
+        asked.append((process, len(waiting)))
+        return Speeds().visits(waiting, process)
+
+    again = Gate(cases=SIX, visit=visit, found=kept)
+    list(again.run())
+    assert asked == [(1, 4), (2, 6)]
+    assert outcome(again) == outcome(whole)
+
+
+# What is compared exactly
+
+
+def visiting(base, head, key):
+    """Visits of equal times in which one count differs."""
+
+    def visit(waiting, process, seconds):
+        for found in Speeds().visits(waiting, process):
+            counts = {"peak_bytes": [100, 100], "launches": [3, 3], key: [base, head]}
+            yield replace(found, facts={**found.facts, **(counts if process == 0 else {})})
+
+    return visit
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("peak_bytes", "bytes at most: 7 before, 8 now"), ("launches", "launches: 7 before, 8 now")],
+)
+def test_one_byte_or_launch_more_is_a_regression(key, words):
+    def run(base, head, **facts):
+        gate = Gate(cases=SIX, visit=visiting(base, head, key), **facts)
+        list(gate.run())
+        return gate
+
+    more = run(7, 8)
+    assert outcome(more)[1] == 1
+    assert more.results()[0].reason == f"{words}; time: same"
+    assert outcome(run(8, 7))[1] == 0
+    assert outcome(run(7, 8, accept=(key,)))[1] == 0
+
+
+def test_a_peer_that_is_too_slow_is_no_success():
+    def visit(waiting, process, seconds):
+        for found in Speeds().visits(waiting, process):
+            yield replace(found, facts={**found.facts, "invalid": ["a peer took 2 ms"]})
+
+    gate = Gate(cases=SIX, visit=visit)
+    list(gate.run())
+    assert gate.invalid()
+    assert outcome(gate)[1] == 2
+
+
+def test_bits_are_compared_not_values():
+    one = {"y": torch.tensor([0.0, float("nan")]), "z": torch.ones(2)}
+    assert differing(one, {key: value.clone() for key, value in one.items()}) == []
+    assert differing(one, one | {"y": torch.tensor([-0.0, float("nan")])}) == ["y"]
+    assert differing(one, one | {"z": torch.ones(3)}) == ["z"]
+    assert differing(one, one | {"z": torch.ones(2, dtype=torch.float16)}) == ["z"]
+    assert differing(one, {"y": one["y"]}) == ["z"]
+
+
+def test_two_copies_that_differ_are_reported():
+    gate = gate_of(Speeds(value=lambda arm, name: float(arm == "twin" and name == NAME)))
+    (found,) = [item for item in gate.results() if item.bits]
+    assert (found.name, found.bits) == (NAME, {"twin": ["y"]})
+    assert summary_of(gate.results(), [])["not_reproducible"] == 1
+
+
+def pairs_of(arms, **facts):
+    libs = dict.fromkeys(ARMS, scattermoe_lora)
+    effort = Effort(budget_ms=1.0, least=2, most=2)
+    facts = {"clock": HostClock(), "effort": effort, **facts}
+    return Pairs(libs=libs, device=CPU, arms=arms, **facts)
+
+
+@pytest.mark.parametrize(("error", "measured"), [(0.0, True), (1e-9, True), (1e-3, False)])
+def test_results_that_changed_are_judged_before_they_are_timed(error, measured):
+    made = iter(ARMS)
+
+    def arms(lib, case, drawn):
+        arm = arm_of(lib, case, drawn)
+        if next(made) != HEAD:
+            return arm
+        return Arm(call=lambda: [value * (1 + error) for value in arm.call()], outputs=arm.outputs)
+
+    (visit,) = pairs_of(arms).visits([DEQUANT], 0)
+    assert bool(visit.samples) == measured
+    if not measured:
+        assert visit.reason.startswith("_WrongError: dense errs by")
+
+
+def test_visits_are_read_as_they_were_written():
+    (visit,) = Speeds().visits(SIX[:1], 0)
+    again = Visit.from_json(json.loads(json.dumps(visit.as_json())))
+    assert again.samples[BASE] == pytest.approx(visit.samples[BASE], abs=1e-9)
+    assert replace(again, samples={}) == replace(visit, samples={})
+
+
+# Planted slowdowns
+
+
+@pytest.mark.parametrize("percent", [3.0, 5.0, 10.0])
+def test_a_plant_takes_its_share_of_the_device(percent):
+    clock = VirtualClock()
+    plant = Plant(percent=percent, wait=lambda ms: lambda: clock.spend(ms))
+    slower = plant.slowed(clock, lambda: clock.spend(2.0), {HEAD: lambda: clock.spend(2.0)})
+    assert clock.once(slower[HEAD]) == pytest.approx(2.0 * (1 + percent / 100))
+
+
+def test_a_wait_is_as_long_as_it_should_be():
+    clock = VirtualClock()
+    launch, per_ms = 0.002, 1_700_000
+    wait = busy_wait(clock, lambda cycles: clock.spend(launch + cycles / per_ms))
+    assert clock.once(wait(0.05)) == pytest.approx(0.05, rel=1e-3)
+    assert clock.once(wait(0.0)) == pytest.approx(launch, rel=1e-2)
+
+
+@pytest.mark.parametrize(("percent", "status"), [(5.0, 1), (10.0, 1)])
+def test_a_planted_slowdown_fails_the_gate(percent, status):
+    decisions, found = outcome(gate_of(Speeds(every=1 + percent / 100), count=60))
+    assert set(decisions.values()) == {REGRESSION}
+    assert found == status
+
+
+def test_a_plant_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="0% is not between"):
+        Plant(percent=0, wait=lambda ms: lambda: None)
+
+
+def test_a_slow_tree_is_the_package_with_another_launcher(tmp_path):
+    tree = slow_tree(PACKAGE, tmp_path, 10.0)
+    changed = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if (tree / path.relative_to(PACKAGE)).read_text() != path.read_text()
+    ]
+    assert changed == ["_launch.py"]
+    try:
+        slow = revision.load(tree, "planted_slow")
+        pairs = Pairs(
+            libs={BASE: scattermoe_lora, HEAD: slow, "twin": slow},
+            device=CPU,
+            clock=HostClock(),
+            effort=Effort(budget_ms=1.0, least=2, most=2),
+        )
+        (visit,) = pairs.visits([DEQUANT], 0)
+        assert visit.facts["bits"] == {BASE: [], "twin": []}
+    finally:
+        revision.unload("planted_slow")
+    with pytest.raises(ValueError, match="exists already"):
+        slow_tree(PACKAGE, tmp_path, 10.0)
+
+
+def test_a_launcher_that_is_not_known_is_not_planted_in(tmp_path):
+    package = tmp_path / "scattermoe_lora"
+    package.mkdir()
+    (package / "_launch.py").write_text("from typing import Any\n")
+    with pytest.raises(ValueError, match="nowhere to plant"):
+        slow_tree(package, tmp_path / "out", 10.0)
+
+
+# Revisions and processes
+
+
+def test_a_revision_is_a_directory_or_what_git_knows(tmp_path):
+    repository = tmp_path / "repository"
+    (repository / "thing").mkdir(parents=True)
+    (repository / "thing" / "__init__.py").write_text("A = 1\n")
+    run = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*run, *words], check=True)
+    found = {
+        against: tree_of(against, repository, tmp_path / str(place), package="thing")
+        for place, against in enumerate([str(repository), str(repository / "thing"), "HEAD"])
+    }
+    assert len({digest(tree) for tree in found.values()}) == 1
+    (repository / "thing" / "__init__.py").write_text("A = 2\n")
+    again = tree_of(str(repository), repository, tmp_path / "again", package="thing")
+    assert digest(again) != digest(found["HEAD"])
+    with pytest.raises(ValueError, match="git has no thing at revision 'absent'"):
+        tree_of("absent", repository, tmp_path / "none", package="thing")
+
+
+def test_a_process_that_dies_says_so(tmp_path):
+    trees = Trees(base=tmp_path, head=PACKAGE, device="cpu")
+    (visit,) = trees.visit([DEQUANT], 0, None)
+    assert visit.reason.startswith("the process ended with status 1")
+    assert "is not a package: it has no __init__.py" in visit.reason
+
+
+def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
+    path = tmp_path / "gate.json"
+    words = ["gate", "--device", "cpu", "--against", str(PACKAGE), "--names", DEQUANT.name]
+    words += ["--processes", "1", "--json", str(path)]
+    # One process of a shared CPU decides nothing, or by chance something.
+    assert main(words) in (0, 1, 2)
+    record = json.loads(path.read_text())
+    assert record.keys() >= {"environment", "fingerprint", "summary", "benchmarks", "visits"}
+    (entry,) = record["benchmarks"]
+    assert (entry["name"], entry["processes"], entry["bits"]) == (DEQUANT.name, 1, {})
+    (visit,) = record["visits"]
+    assert set(visit["samples"]) == set(ARMS)
+    assert record["summary"]["complete"]
+    assert record["base"] == record["head"]
+    main([*words, "--resume", str(path)])
+    assert json.loads(path.read_text())["visits"] == record["visits"]
+    path.write_text(json.dumps(record | {"base": "other", "visits": "not read"}))
+    assert main([*words, "--resume", str(path), "--minutes", "0"]) == 2
+    assert json.loads(path.read_text())["visits"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs --against"),
+        (("--against", "x", "--names", "nothing.*"), "nothing of"),
+        (("--against", "no-such-revision"), "git has no scattermoe_lora"),
+        (("--against", "x", "--accept", "time"), "time is none of peak_bytes, launches"),
+        (("--rates", "absent.json"), "is no record of the gate"),
+        (("--write-slow-tree", "x"), "0.0% is not between"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["gate", "--device", "cpu", *words])
+
+
+def test_the_list_is_the_suite(capsys):
+    assert main(["gate", "--list"]) == 0
+    assert capsys.readouterr().out.split() == [case.name for case in suite()]
+
+
+# Records
+
+
+@pytest.mark.parametrize(
+    ("command", "regressions", "state", "refresh"),
+    [
+        ("gate", 0, "good", "gate --against main --device cuda"),
+        ("gate", 2, "failed", "gate --against main --device cuda"),
+        ("gate-samples", 0, "good", "gate --calibrate --device cuda"),
+    ],
+)
+def test_a_record_of_a_regression_is_no_good_record(tmp_path, command, regressions, state, refresh):
+    machine = tmp_path / "nvidia-h100-80gb-hbm3"
+    machine.mkdir()
+    summary = {"regression": regressions, "complete": True}
+    record = head(command, summary=summary) | {"fingerprint": {}}
+    (machine / f"{command}.json").write_text(json.dumps(record))
+    sources = Sources(fingerprint={}, enumerate=lambda selection: frozenset())
+    _, found = inspect(tmp_path, sources, release=True)
+    assert (found.state, found.fault) == (state, state != "good")
+    assert refresh in found.refresh
