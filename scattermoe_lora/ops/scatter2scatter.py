@@ -5,7 +5,9 @@
     g  [rows] per slot, c a number
 
 The forward product, its low-rank shrink X A^T (N = rank) and both input gradients are this one
-kernel with other strides. Accumulation is fp32.
+kernel with other strides. Accumulation is fp32. The last tile of an expert is half as high where
+that holds its rows: with 128 rows a tile and 8 tiles an expert that saves 3% of all products, with
+2 tiles 12%.
 """
 
 import triton
@@ -14,10 +16,14 @@ import triton.language as tl
 from .._launch import Launcher
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
+HALVED_FROM = tl.constexpr(128)
+"""Tile height from which a short last tile is halved: 64 rows are one tensor-core instruction."""
 
-@triton.jit(do_not_specialize=["first_entry", "first_expert", "stop_expert", "scale"])
-def scatter2scatter_kernel(
+
+@triton.jit
+def product_tile(
     x,
+    x_map,
     w,
     bias,
     left,
@@ -25,10 +31,11 @@ def scatter2scatter_kernel(
     row_scale,
     y,
     slots,
-    tiles,
-    first_entry,
+    expert,
     first_expert,
-    stop_expert,
+    row,
+    end,
+    n_start,
     fan_out,
     K,
     N,
@@ -45,29 +52,8 @@ def scatter2scatter_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One [BLOCK_M, BLOCK_N] tile of y, if its expert is in first_expert .. stop_expert.
-
-    w holds those experts alone; dropped rows go with the launch that has expert 0.
-    X_DESCRIPTOR: x is a tensor map [rows, K], in expert order; rows past the expert's end are its
-    neighbour's and are not stored. W_DESCRIPTOR: "" pointers, "kn" or "nk" a tensor map [E, ., .].
-    """
-    expert, row, end, column_block = locate(tiles, first_entry, N, BLOCK_M, BLOCK_N)
-    if expert == UNUSED:
-        return
-    if expert == DROPPED:
-        if first_expert > 0:
-            return
-    elif (expert < first_expert) | (expert >= stop_expert):
-        return
-    n_start = column_block * BLOCK_N
+    """Rows row .. min(end, row + BLOCK_M) and columns n_start .. n_start + BLOCK_N of y."""
     n = n_start + tl.arange(0, BLOCK_N)
-    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
-    stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
-    y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
-    if expert == DROPPED:
-        tl.store(y_ptrs, tl.zeros((BLOCK_M, BLOCK_N), y.ptr.dtype.element_ty), mask=stored)
-        return
-
     k = tl.arange(0, BLOCK_K)
     if not X_DESCRIPTOR:
         x_rows = tile_rows(slots, row, end, fan_out, X_BY_EXPERT, BLOCK_M)
@@ -75,10 +61,12 @@ def scatter2scatter_kernel(
     if not W_DESCRIPTOR:
         w_expert = w.ptr + (expert - first_expert).to(tl.int64) * w.expert
         w_ptrs = w_expert + k.to(tl.int64)[:, None] * w.row + n.to(tl.int64)[None, :] * w.col
+    # A loop that may not run at all makes ptxas wait for every tensor-core instruction (C7515).
+    tl.assume(K > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k_start in range(0, K, BLOCK_K):
         if X_DESCRIPTOR:
-            x_tile = x.load([row, k_start])
+            x_tile = x_map.load([row, k_start])
         elif EVEN_K:
             x_tile = tl.load(x_ptrs)
         else:
@@ -116,7 +104,82 @@ def scatter2scatter_kernel(
     if row_scale is not None:
         slot = tile_rows(slots, row, end, 1, False, BLOCK_M)
         acc *= tl.load(row_scale + slot).to(tl.float32)[:, None]
+    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
+    stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
+    y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["first_entry", "first_expert", "stop_expert", "scale"])
+def scatter2scatter_kernel(
+    x,
+    x_map,
+    w,
+    bias,
+    left,
+    right,
+    row_scale,
+    y,
+    slots,
+    tiles,
+    first_entry,
+    first_expert,
+    stop_expert,
+    fan_out,
+    K,
+    N,
+    R,
+    scale,
+    X_BY_EXPERT: tl.constexpr,
+    Y_BY_EXPERT: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
+    W_DESCRIPTOR: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of y, if its expert is in first_expert .. stop_expert.
+
+    w holds those experts alone; dropped rows go with the launch that has expert 0.
+    X_DESCRIPTOR: whole tiles of x come through x_map [rows, K], in expert order; rows past the
+    expert's end are its neighbour's and are not stored. W_DESCRIPTOR: "" pointers, "kn" or "nk" a
+    tensor map [E, ., .].
+    """
+    expert, row, end, column_block = locate(tiles, first_entry, N, BLOCK_M, BLOCK_N)
+    if expert == UNUSED:
+        return
+    if expert == DROPPED:
+        if first_expert > 0:
+            return
+    elif (expert < first_expert) | (expert >= stop_expert):
+        return
+    n_start = column_block * BLOCK_N
+    halved = False
+    if BLOCK_M >= HALVED_FROM:
+        halved = end - row <= BLOCK_M // 2
+    if expert == DROPPED:
+        n = n_start + tl.arange(0, BLOCK_N)
+        y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
+        stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
+        y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
+        tl.store(y_ptrs, tl.zeros((BLOCK_M, BLOCK_N), y.ptr.dtype.element_ty), mask=stored)
+    elif halved:
+        product_tile(
+            x, x_map, w, bias, left, right, row_scale, y, slots,
+            expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
+            X_BY_EXPERT, Y_BY_EXPERT, False, W_DESCRIPTOR, EVEN_K, PRECISION,
+            BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    else:
+        product_tile(
+            x, x_map, w, bias, left, right, row_scale, y, slots,
+            expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
+            X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
 
 
 scatter2scatter_launcher = Launcher(scatter2scatter_kernel)

@@ -48,8 +48,28 @@ PRODUCTS: Mapping[str, tuple[Mutant, ...]] = {
             id="scatter2scatter-row-tail",
             what="one row past the end of the expert is written",
             file=_PRODUCT,
-            old="(row + tl.arange(0, BLOCK_M) < end)",
-            new="(row + tl.arange(0, BLOCK_M) <= end)",
+            old=(
+                "    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)\n"
+                "    stored = (row + tl.arange(0, BLOCK_M) < end)"
+            ),
+            new=(
+                "    y_rows = tile_rows(slots, row, end + 1, 1, Y_BY_EXPERT, BLOCK_M)\n"
+                "    stored = (row + tl.arange(0, BLOCK_M) <= end)"
+            ),
+        ),
+        Mutant(
+            id="scatter2scatter-halved",
+            what="a last tile of one row more than half is halved too",
+            file=_PRODUCT,
+            old="halved = end - row <= BLOCK_M // 2",
+            new="halved = end - row <= BLOCK_M // 2 + 1",
+        ),
+        Mutant(
+            id="scatter2scatter-always-halved",
+            what="the second half of every high tile is lost",
+            file=_PRODUCT,
+            old="halved = end - row <= BLOCK_M // 2",
+            new="halved = True",
         ),
         Mutant(
             id="scatter2scatter-dropped",
