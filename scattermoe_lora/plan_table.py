@@ -6,7 +6,6 @@ is malformed or stale is refused aloud, and the next source is used. `python -m 
 tables.
 """
 
-import ast
 import hashlib
 import json
 import re
@@ -22,6 +21,7 @@ import torch
 import triton
 
 from ._sizes import next_power_of_two
+from ._syntax import syntax
 from .plan import Device, Operation, Path, Plan, Precision, Problem, Tile, choose
 
 SCHEMA = 1
@@ -141,22 +141,8 @@ def kernel_fingerprint() -> str:
     folder = FilePath(__file__).parent
     digest = hashlib.sha256()
     for name in ("scatter2scatter", "fused", "gram", "recompute", "_tile"):
-        tree = ast.parse((folder / "ops" / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_docstring(body[0]):
-                node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-        digest.update(ast.dump(tree).encode())
+        digest.update(syntax((folder / "ops" / f"{name}.py").read_text()).encode())
     return digest.hexdigest()[:16]
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    value = getattr(node, "value", None)
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(value, ast.Constant)
-        and isinstance(value.value, str)
-    )
 
 
 def plan_entry(plan: Plan) -> dict[str, Any]:

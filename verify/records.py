@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scattermoe_lora._syntax import syntax
+
 from .run import Outcome, Selection
 from .spec import KernelSpec
 
@@ -174,27 +176,11 @@ class _Modules:
 
     def __getitem__(self, path: Path) -> tuple[str, tuple[Path, ...]]:
         if path not in self._known:
-            tree = ast.parse(path.read_text())
-            imports = tuple(_imports(self.package, path, tree))
-            text = syntax(_without_docstrings(tree))
-            self._known[path] = (hashlib.sha256(text.encode()).hexdigest(), imports)
+            source = path.read_text()
+            imports = tuple(_imports(self.package, path, ast.parse(source)))
+            digest = hashlib.sha256(syntax(source).encode()).hexdigest()
+            self._known[path] = (digest, imports)
         return self._known[path]
-
-
-def syntax(node: object) -> str:
-    """A syntax tree in words that are the same for every version of Python: `ast.dump` without the
-    fields that are empty, of which versions have different ones.
-    """
-    if isinstance(node, ast.AST):
-        fields = [
-            f"{name}={syntax(value)}"
-            for name, value in ast.iter_fields(node)
-            if value is not None and value != []
-        ]
-        return f"{type(node).__name__}({', '.join(fields)})"
-    if isinstance(node, list):
-        return f"[{', '.join(syntax(item) for item in node)}]"
-    return repr(node)
 
 
 def _fingerprint(modules: _Modules, source: str) -> str:
@@ -226,21 +212,3 @@ def _imports(package: Path, path: Path, tree: ast.Module) -> Iterable[Path]:
                     and file.parent != package.parent
                 ):
                     yield file
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list):
-            continue
-        kept = [
-            item
-            for item in body
-            if not (
-                isinstance(item, ast.Expr)
-                and isinstance(item.value, ast.Constant)
-                and isinstance(item.value.value, str)
-            )
-        ]
-        node.body = kept  # type: ignore[attr-defined]
-    return tree
