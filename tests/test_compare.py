@@ -1,11 +1,13 @@
 """The judge is judged: right answers pass, however drawn; each planted error is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import scattermoe_lora as lib
 from verify.cases import Case
 from verify.compare import compare
 from verify.inputs import DTYPES, Inputs, make_inputs
@@ -13,8 +15,11 @@ from verify.models import Arithmetic
 from verify.references import Groups
 from verify.routings import RoutingKind
 from verify.run import LEAST_SHARE
+from verify.spec import KernelSpec
 from verify.specs.gradients import LORA_WEIGHT_GRAD
+from verify.specs.layer import EXPERTS_MLP
 from verify.specs.linear import LORA_FORWARD
+from verify.specs.projection import EXPERT_LINEAR
 
 pytestmark = pytest.mark.correctness
 
@@ -228,3 +233,53 @@ def test_infinity_must_stay_where_the_truth_has_it():
 
     assert non_finite(lambda y: None)
     assert not non_finite(spread)
+
+
+def judged(spec: KernelSpec, right: Inputs, wrong: Inputs) -> dict[str, float]:
+    """Output -> ratio, of what the package makes of `wrong` where `right` was asked for."""
+    found = spec.run(lib, wrong, None)
+    expected = spec.reference(right, Arithmetic())
+    return {name: compare(name, found[name], value).ratio for name, value in expected.items()}
+
+
+PIPELINES = (
+    (EXPERT_LINEAR, "gated", ("lora_b", "lora_a")),
+    (EXPERT_LINEAR, "plain", ("lora_b", "lora_a")),
+    (EXPERTS_MLP, "plain", ("lora_b_up", "lora_a_up", "lora_b_down", "lora_a_down")),
+)
+by_pipeline = pytest.mark.parametrize(
+    ("spec", "name", "factors"), PIPELINES, ids=["gated linear", "linear", "layer"]
+)
+
+
+@by_pipeline
+def test_a_scale_two_percent_off_in_one_path_is_refused(spec, name, factors):
+    """One factor of an adapter 2% larger is a wrong scale of its path, to every output behind."""
+    case = next(case for case in spec.cases if case.name == name)
+    dtype = torch.bfloat16
+    right = spec.inputs(case, dtype, "balanced", CPU)
+    assert max(judged(spec, right, right).values()) <= 1
+    for factor in factors:
+        wrong = right.having(**{factor: (right[factor].float() * 1.02).to(dtype)})
+        ratios = judged(spec, right, wrong)
+        own = f"d{factor}" if spec is EXPERTS_MLP else f"d{factor[-1]}"
+        reached = set(ratios) - {own, "dweight", "dbias"}
+        reached -= {key for key in ratios if key.startswith(("dweight_", "dbias_"))}
+        if factor.endswith("_up"):
+            reached -= {"dlora_a_down", "dlora_b_down"}
+        if factor.endswith("_down"):
+            reached -= {"dlora_a_up", "dlora_b_up"}
+        refused = {key for key, ratio in ratios.items() if ratio > 1}
+        assert reached <= refused, (factor, reached - refused, ratios)
+
+
+@by_pipeline
+def test_one_lost_row_is_refused_in_every_output(spec, name, factors):
+    case = replace(next(case for case in spec.cases if case.name == name), gated=True)
+    if spec is EXPERT_LINEAR:
+        case = replace(case, target="SLOT", gradient="TOKEN")
+    right = spec.inputs(case, torch.bfloat16, "balanced", CPU)
+    gates = right["gates"].clone()
+    gates[7, 1] = 0
+    ratios = judged(spec, right, right.having(gates=gates))
+    assert {name for name, ratio in ratios.items() if ratio <= 1} <= {"dgates"}

@@ -8,7 +8,8 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
     shared errors
                          with few degrees of freedom may vary as much as a chi-square of as many
     element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
-    slope                the factor fitted to each term is 1 within 6 of its standard deviations
+    slope                the factor fitted to each term is 1, and that of each likely fault 0,
+                         within 6 of its standard deviations
     exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0,
     exact mode
 """
@@ -168,6 +169,7 @@ class _Errors:
 
     def judged(self) -> Comparison:
         found = [self._rows(), self._experts(), self._whole(), self._elements(), self._slopes()]
+        found += [self._direction(name) for name in self.expected.directions]
         worst = max(found, key=lambda item: item.ratio)
         ratios: dict[str, float] = {}
         for item in found:
@@ -261,6 +263,19 @@ class _Errors:
                 worst, label, excess = ratio, name, slope
         note = f"fitted factor of the {label} term is {1 + excess:.6f}" if label else ""
         return replace(self._found("slope", min(worst, WORST), None), note=note)
+
+    def _direction(self, name: str) -> Comparison:
+        """How much of a likely fault the error holds, fitted alone."""
+        line = self.expected.vectors(self.expected.directions[name])
+        line = torch.where(self.finite & line.isfinite(), line, 0.0)
+        square = float(line.square().sum())
+        if not square or line.numel() < _LEAST_ELEMENTS:
+            return Comparison(output=self.output, ratio=0.0, measure="slope")
+        influence = line / square
+        excess = float((influence * self.error).sum())
+        ratio = abs(excess) / self._slope_limit(influence)
+        found = self._found("slope", min(ratio, WORST), None)
+        return replace(found, note=f"{name} is {excess:+.3%} off")
 
     def _slope_limit(self, influence: Tensor) -> float:
         size = influence.abs()

@@ -25,7 +25,8 @@ class Expected:
     shared error comes from. freedom: per vector, the degrees of freedom of the norm of its shared
     error, `sources`
     unless stated. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
-    is the sum of, each judged by its fitted slope. coupled: whether shared errors are common to
+    is the sum of, each judged by its fitted slope. directions: what the error of a likely fault
+    looks like, per unit of the fault: each is fitted to the error alone. coupled: whether shared errors are common to
     one vector or
     to all vectors of an expert.
     """
@@ -39,6 +40,7 @@ class Expected:
     freedom: Tensor | None = None
     vector_dim: int = -1
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
     coupled: Literal["vector", "expert"] = "vector"
 
     def vectors(self, tensor: Tensor) -> Tensor:

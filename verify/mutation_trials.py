@@ -39,6 +39,7 @@ _LIKELY = (
     "scattered",
     "gated-sentinels",
     "gated-shared-gradient",
+    "one-takes-all",
     "holes",
     "columns",
     "long-rows",

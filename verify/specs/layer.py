@@ -28,6 +28,10 @@ _VALUES = ("normal", "offset", "scales", "tiny-dy", "not-finite")
 """Kinds of values whose products stay finite, and above zero, through two projections."""
 
 
+_STEP = 2.0**-12
+"""Relative step of the derivatives of the truth, which is computed in fp64."""
+
+
 def _cases() -> tuple[Case, ...]:
     small = [case for case in CASES if "model" not in case.tags and case.n_out % 2 == 0]
     return tuple(
@@ -162,8 +166,27 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
                 vector_dim=-2 if part == "lora_b" else -1,
                 freedom=torch.ones_like(model.value).amax(-2 if part == "lora_b" else -1),
                 sources=inputs.case.k_in,
+                coupled="expert",
             )
-    return expected
+    lines = _directions(inputs, groups, truth)
+    return {name: replace(item, directions=lines[name]) for name, item in expected.items()}
+
+
+def _directions(
+    inputs: Inputs, groups: Groups, truth: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """How every output changes, per unit, with its own scale and with each part of a projection."""
+    lines = {name: {"the whole": value} for name, value in truth.items()}
+    for part in ("weight", "lora_b"):
+        for name in _PROJECTIONS:
+            key = f"{part}_{name}"
+            more, less = (
+                _truth(inputs.having(**{key: inputs[key].double() * (1 + step)}), groups)
+                for step in (_STEP, -_STEP)
+            )
+            for output, found in lines.items():
+                found[key] = (more[output] - less[output]) / (2 * _STEP)
+    return lines
 
 
 def _cost(case: Case, dtype: torch.dtype) -> tuple[float, float]:

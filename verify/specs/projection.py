@@ -21,9 +21,10 @@ from ..models import (
     weight_gradients,
 )
 from ..numerics import Uncertain, summed
-from ..references import Groups, expert_linear
+from ..references import Groups, expert_linear, row_gradients
 from ..spec import KernelSpec
 from .common import (
+    TERMS,
     bytes_of,
     expert_expected,
     groups_of,
@@ -130,11 +131,40 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
             freedom=freedom,
         )
     dweight = expert_weight_gradient(inputs, groups, how)
-    expected["dweight"] = expert_expected(groups, dweight, inputs.dtype, truth=truth["dweight"])
+    expected["dweight"] = expert_expected(
+        groups, dweight, inputs.dtype, truth=truth["dweight"], coupled="expert"
+    )
     if case.bias:
         dbias = expert_bias_gradient(inputs, groups).rounded(inputs.dtype)
         expected["dbias"] = expert_expected(groups, dbias, inputs.dtype, truth=truth["dbias"])
-    return expected
+    lines = _directions(inputs, groups)
+    return {
+        name: replace(item, directions=lines.get(name, {"the whole": item.value}))
+        for name, item in expected.items()
+    }
+
+
+def _directions(inputs: Inputs, groups: Groups) -> dict[str, dict[str, Tensor]]:
+    """The terms of y and of dx: what would be left over if one of them were scaled wrongly."""
+    case, tensors = inputs.case, inputs.tensors
+
+    def choices(rows: Tensor) -> Tensor:
+        return rows.view(case.tokens, case.top_k, rows.shape[1]).sum(1)
+
+    y, dx = {}, {}
+    for part in TERMS if case.bias else TERMS[:2]:
+        y[part] = expert_linear(
+            tensors, groups, scaling=inputs.scaling, source=case.source, target=case.target,
+            parts=(part,),
+        )  # fmt: skip
+        y[part] = choices(y[part]) if case.gated else y[part]
+    for part in ("base", "lora"):
+        dx[part] = row_gradients(
+            tensors, groups, scaling=inputs.scaling, dy_order=case.dy_order, order=case.dx_order,
+            parts=(part,),
+        )  # fmt: skip
+        dx[part] = choices(dx[part]) if case.source == "TOKEN" else dx[part]
+    return {"y": y, "dx": dx}
 
 
 def over_choices(
