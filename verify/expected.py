@@ -26,9 +26,8 @@ class Expected:
     error, `sources`
     unless stated. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
     is the sum of, each judged by its fitted slope. directions: what the error of a likely fault
-    looks like, per unit of the fault: each is fitted to the error alone. coupled: whether shared errors are common to
-    one vector or
-    to all vectors of an expert.
+    looks like, per unit of the fault: each is fitted to the error alone. coupled: whether shared
+    errors are common to one vector or to all vectors of an expert.
     """
 
     value: Tensor

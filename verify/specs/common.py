@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,12 +194,11 @@ def expert_expected(
     terms: Mapping[str, Tensor] | None = None,
     freedom: Tensor | None = None,
     sources: int = 1,
-    coupled: Literal["vector", "expert"] = "vector",
 ) -> Expected:
     """A gradient [experts, ...] whose vectors are summed over the rows of their expert.
 
     sources: roundings behind one row's operand element. freedom: per vector; the rows unless
-    stated. coupled: "expert" where one rounded element of a row reaches several vectors.
+    stated.
     """
     value = model.value if truth is None else truth
     vectors = value.numel() // max(value.shape[vector_dim], 1) // max(groups.experts, 1)
@@ -215,7 +214,6 @@ def expert_expected(
         zero=counts == 0,
         vector_dim=vector_dim,
         terms=terms or {},
-        coupled=coupled,
     )
 
 
