@@ -16,7 +16,7 @@ from verify import peer_figures, revision
 from verify.bench_arms import Arm, arm_of
 from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase
 from verify.cli import main
-from verify.gate import Gate, exit_status, summary_of
+from verify.gate import Gate, Result, exit_status, summary_of
 from verify.gate_cases import MOST, WITNESSES, suite, tiny_suite
 from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing
 from verify.gate_plant import Plant, busy_wait, slow_tree
@@ -146,8 +146,20 @@ def test_time_that_is_over_leaves_benchmarks_unmeasured():
     assert gate.results()[0].reason == "no process has measured it"
 
 
-def test_nothing_measured_is_no_success():
-    assert exit_status(summary_of([], [])) == 2
+@pytest.mark.parametrize(
+    ("decisions", "status"),
+    [
+        ((), 2),
+        ((SAME, IMPROVEMENT), 0),
+        ((SAME, AMBIGUOUS), 2),
+        ((SAME, UNMEASURED), 2),
+        ((SAME, AMBIGUOUS, REGRESSION), 1),
+        ((UNMEASURED, REGRESSION), 1),
+    ],
+)
+def test_only_what_is_known_of_all_is_a_success(decisions, status):
+    results = [Result(name=f"b{k}", decision=item, reason="") for k, item in enumerate(decisions)]
+    assert exit_status(summary_of(results, [])) == status
 
 
 def test_a_run_goes_on_where_it_was_interrupted():
@@ -227,7 +239,7 @@ def test_two_copies_that_differ_are_reported():
 def pairs_of(arms, **facts):
     libs = dict.fromkeys(ARMS, scattermoe_lora)
     effort = Effort(budget_ms=1.0, least=2, most=2)
-    facts = {"clock": HostClock(), "effort": effort, **facts}
+    facts = {"clock": HostClock(), "effort": effort, "exact": True, **facts}
     return Pairs(libs=libs, device=CPU, arms=arms, **facts)
 
 
@@ -263,6 +275,20 @@ def test_a_plant_takes_its_share_of_the_device(percent):
     plant = Plant(percent=percent, wait=lambda ms: lambda: clock.spend(ms))
     slower = plant.slowed(clock, lambda: clock.spend(2.0), {HEAD: lambda: clock.spend(2.0)})
     assert clock.once(slower[HEAD]) == pytest.approx(2.0 * (1 + percent / 100))
+
+
+def test_a_plant_slows_the_second_revision_and_its_copy():
+    clock = VirtualClock()
+
+    def arms(lib, case, drawn):
+        return Arm(call=lambda: clock.spend(1.0) or (torch.zeros(1),), outputs=("y",))
+
+    plant = Plant(percent=10.0, wait=lambda ms: lambda: clock.spend(ms))
+    pairs = pairs_of(arms, clock=clock, plant=plant, exact=False)
+    for process in (1, 2):
+        (visit,) = pairs.visits([DEQUANT], process)
+        found = {arm: samples[0] for arm, samples in visit.samples.items()}
+        assert found == pytest.approx({BASE: 1.0, HEAD: 1.1, "twin": 1.1})
 
 
 def test_a_wait_is_as_long_as_it_should_be():

@@ -71,6 +71,12 @@ def test_disturbed_rounds_do_not_count():
     assert log_ratio(base, head) == pytest.approx(math.log(1.03))
 
 
+def test_a_disturbed_round_does_not_choose_one_place():
+    base, head = interleaved(1.0, second=0.1)
+    head[5] *= 10
+    assert log_ratio(base, head) == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("base", "head", "words"),
     [
