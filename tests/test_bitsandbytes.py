@@ -17,7 +17,7 @@ from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scattermoe_lora.integrations.transformers as layer
-from scattermoe_lora.integrations import _four_bit
+from scattermoe_lora.integrations import _experts, _four_bit
 from scattermoe_lora.integrations import bitsandbytes as packing
 from scattermoe_lora.integrations import peft as adapters
 
@@ -209,8 +209,62 @@ def test_one_device_unless_a_framework_places_parameters():
     assert packing.local_device() == torch.device("cpu") or torch.cuda.is_available()
 
 
+def states(model):
+    return [
+        parametrised(module, name)[1] for module in hf_models.experts_of(model) for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_packed_experts_move_with_the_model(nested):
+    # The meta device stands for another one: `Module.to` moves bytes and leaves bitsandbytes'
+    # states behind.
+    model = hf_models.tiny_model("qwen3_moe")
+    packing.quantize_experts(model, nested=nested)
+    model.set_experts_implementation(layer.KEY)
+    model.to("meta")
+    assert {state.absmax.device.type for state in states(model)} == {"cpu"}
+    for name in NAMES:
+        stored = _experts.stored_weight(hf_models.experts_of(model)[0], name)
+        assert stored.device.type == stored.absmax.device.type == "meta"
+    for state in states(model):
+        parts = [state.code, state.absmax]
+        parts += [state.offset, state.state2.code, state.state2.absmax] if nested else []
+        assert {part.device.type for part in parts} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_experts_packed_on_the_cpu_run_on_a_gpu(device):
+    model = hf_models.tiny_model("qwen3_moe")
+    there = copy.deepcopy(model).to(device)
+    ids = hf_models.tokens().to(device)
+    logits = []
+    for each in (model, there):
+        packing.quantize_experts(each, nested=True)
+        each.set_experts_implementation(layer.KEY)
+        attached = ours(adapted(each)).to(device)
+        adapters.merge(attached, requantize=True)
+        adapters.unmerge(attached)
+        logits.append(attached(input_ids=ids).logits)
+    # Both quantisers may differ by a code where a value is half-way between two.
+    step = (logits[0] - logits[1]).norm() / logits[1].norm()
+    assert step < 0.1
+
+
+def test_a_base_kept_elsewhere_comes_back_to_where_the_model_is():
+    model = hf_models.tiny_model("olmoe")
+    packing.quantize_experts(model)
+    model = ours(adapted(model))
+    adapters.merge(model)
+    model.to("meta")
+    adapters.unmerge(model)
+    (experts,) = hf_models.experts_of(model.get_base_model())
+    for name in NAMES:
+        assert parametrised(experts, name)[0].device.type == "meta"
+
+
 @pytest.mark.correctness
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", hf_models.FAMILIES)
 def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family):
     # PEFT itself is wrong on packed experts since 0.19.1, so it judges on the decoded ones.
     model = hf_models.tiny_model(family)

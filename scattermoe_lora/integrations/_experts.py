@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..quant import Dense, StoredExperts, stored_experts
 from ..quant.weight import StoredWeight
+from . import _four_bit
 
 KEY = __name__.partition(".")[0]
 """The name under which the layer is registered: the name this package was imported by."""
@@ -118,6 +119,7 @@ def stored_weight(module: nn.Module, name: str) -> StoredExperts:
             f"{KEY}.integrations.peft.attach(model) once, so that the adapter is used in factored "
             "form"
         )
+    _four_bit.follow(module, name)
     stored = stored_experts(module, name)
     if isinstance(stored, Dense) and isinstance(stored.data, DTensor):
         raise RuntimeError(

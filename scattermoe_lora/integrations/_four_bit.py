@@ -1,5 +1,6 @@
 """Parametrised 4-bit parameters of bitsandbytes: read, made, taken apart and put back."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -31,7 +32,34 @@ class Parametrised:
 
     def stored(self) -> FourBit:
         """The same as stored experts."""
-        return four_bit(self.packed, self.state)
+        return four_bit(self.packed, state_on(self.state, self.packed.device))
+
+    def on(self, device: torch.device) -> "Parametrised":
+        """The same on a device; itself where it is there."""
+        if self.packed.device == device:
+            return self
+        return Parametrised(packed=self.packed.to(device), parametrisation=self.parametrisation)
+
+
+def state_on(state: Any, device: torch.device) -> Any:
+    """A `QuantState` with its tensors on a device; itself where they are there."""
+    if state.absmax.device == device:
+        return state
+    moved = copy.copy(state)
+    moved.state2 = copy.copy(state.state2)
+    moved.to(device)
+    return moved
+
+
+def follow(module: nn.Module, name: str) -> None:
+    """Put the state of a 4-bit parameter where its bytes are; does nothing for other parameters.
+
+    bitsandbytes keeps it as a plain attribute, which `Module.to` does not move.
+    """
+    found = parametrised(module, name)
+    if found is not None:
+        entry: Any = found.parametrisation
+        entry.quant_state = state_on(entry.quant_state, found.packed.device)
 
 
 def parametrised(module: nn.Module, name: str) -> Parametrised | None:

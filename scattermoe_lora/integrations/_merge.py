@@ -148,17 +148,24 @@ class Kept:
     def stored(self, experts: nn.Module, parameter: str) -> StoredExperts:
         """The base, where the module is."""
         if self.four_bit is not None:
-            return self.four_bit.stored()
+            return self.four_bit.on(_device(experts, parameter)).stored()
         return Dense(data=self.data.to(stored_weight(experts, parameter).device))
 
     def put_back(self, experts: nn.Module, parameter: str) -> None:
         """Make the module hold this base again."""
         if self.four_bit is not None:
-            _four_bit.restore(experts, parameter, self.four_bit)
+            here = self.four_bit.on(_device(experts, parameter))
+            _four_bit.restore(experts, parameter, here)
         else:
             parameter_now = experts._parameters[parameter]
             assert parameter_now is not None
             parameter_now.data = self.data.to(parameter_now.device)
+
+
+def _device(experts: nn.Module, parameter: str) -> torch.device:
+    """Where the experts are now, dense or packed."""
+    packed = _four_bit.parametrised(experts, parameter)
+    return packed.packed.device if packed is not None else stored_weight(experts, parameter).device
 
 
 def _put_dense(experts: nn.Module, parameter: str, merged: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..quant import stored_experts
+from . import _four_bit
 from ._experts import ExpertsLayout, experts_modules
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -95,6 +96,7 @@ def moe_shape(model: nn.Module | Any) -> MoEShape:
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, int, int]:
+    _four_bit.follow(module, name)
     stored = stored_experts(module, name)
     return stored.experts, *stored.shape
 
