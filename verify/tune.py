@@ -84,7 +84,12 @@ def targets(
 class Trial:
     """The operands of a target on a device, and its candidates."""
 
-    def __init__(self, lib: ModuleType, target: Target, device: torch.device) -> None:
+    def __init__(
+        self, lib: ModuleType, target: Target, device: torch.device, *, small: bool = False
+    ) -> None:
+        """small: with as few experts as a token chooses, and as many rows per expert: the same
+        compiled kernels, in little memory.
+        """
         self.lib, self.target = lib, target
         self.ops = importlib.import_module(f"{lib.__name__}.ops")
         self.table = importlib.import_module(f"{lib.__name__}.plan_table")
@@ -101,12 +106,14 @@ class Trial:
         if target.projection == "down":
             k, n = shape.intermediate, shape.hidden
             self.x_order, self.y_order = order.EXPERT, order.TOKEN
-        scores = torch.randn(target.tokens, shape.experts, device=device, generator=generator)
+        experts = shape.top_k if small else shape.experts
+        tokens = max(target.tokens * experts // shape.experts, 1)
+        scores = torch.randn(tokens, experts, device=device, generator=generator)
         index = scores.topk(shape.top_k, dim=1).indices
-        self.routing = lib.Routing.from_top_k(index, shape.experts)
-        self.weight = normal(shape.experts, n, k, scale=k**-0.5).mT
-        a = normal(shape.experts, target.rank, k, scale=k**-0.5)
-        b = normal(shape.experts, n, target.rank, scale=target.rank**-0.5)
+        self.routing = lib.Routing.from_top_k(index, experts)
+        self.weight = normal(experts, n, k, scale=k**-0.5).mT
+        a = normal(experts, target.rank, k, scale=k**-0.5)
+        b = normal(experts, n, target.rank, scale=target.rank**-0.5)
         self.lora = lib.LoRAWeights(a=a, b=b, scaling=SCALING)
         self.x = normal(self.routing.row_count(self.x_order), k)
         self.dy = normal(self.routing.row_count(self.y_order), n)
@@ -118,7 +125,7 @@ class Trial:
         self.problem = lib.Problem(
             lib.Operation(target.operation),
             self.routing.rows,
-            shape.experts,
+            experts,
             k,
             n,
             target.rank,
@@ -211,7 +218,7 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def compile_ahead(wanted: Iterable[Target], device: torch.device, jobs: int) -> Iterator[str]:
-    """Compile every candidate in parallel processes, on few tokens; yields what failed."""
+    """Compile every candidate in parallel processes, with few experts; yields what failed."""
     small = list(dict.fromkeys(wanted))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, prepare_interpreter, (str(device),)) as pool:
@@ -221,7 +228,7 @@ def compile_ahead(wanted: Iterable[Target], device: torch.device, jobs: int) -> 
 
 def _compile(target: Target, device: str) -> list[str]:
     lib = importlib.import_module("scattermoe_lora")
-    trial = Trial(lib, target, torch.device(device))
+    trial = Trial(lib, target, torch.device(device), small=True)
     failures = []
     for plan in trial.plans:
         try:

@@ -122,7 +122,22 @@ def main(arguments: argparse.Namespace) -> int:
     finally:
         record = write(complete=complete)
     _print(Console(), record)
-    return int(record["summary"]["survived"] > 0 or bool(outdated))
+    return int(_failed(record, console) or bool(outdated))
+
+
+def _failed(record: dict[str, Any], console: Console) -> bool:
+    """Whether a mutant survived, or the checks do not run here: then every mutant is invalid."""
+    summary = record["summary"]
+    if summary["invalid"] <= summary["killed"]:
+        return bool(summary["survived"])
+    first = next(entry for entry in record["mutants"] if entry["status"] == "invalid")
+    console.print(
+        f"{summary['invalid']} mutants are invalid and {summary['killed']} are killed: "
+        f"the checks do not run here ({first['reason']})",
+        style="red",
+        markup=False,
+    )
+    return True
 
 
 def _limit(arguments: argparse.Namespace) -> int:
