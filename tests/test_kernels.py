@@ -2,6 +2,8 @@
 bitwise.
 """
 
+from collections import defaultdict
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 import scattermoe_lora as lib
 from conftest import DEVICE
+from verify.coverage import boundaries, tails
 from verify.inputs import DTYPES
+from verify.routings import expert_counts
 from verify.run import Problem, Selection, dtype_name, guarded_run
 from verify.spec import KernelSpec
 from verify.specs import KERNELS
@@ -31,6 +35,37 @@ def test_kernel_agrees_with_its_reference(problem):
     outcomes = list(problem.check(lambda plan: plan.quick))
     assert outcomes
     assert not [str(outcome) for outcome in outcomes if not outcome.ok]
+
+
+TILED = {spec.name: spec for spec in KERNELS if spec.name in {o.value for o in lib.Operation}}
+ROWS = {"no rows", "empty expert", "one row", "under", "at", "over", "part of a tile"}
+WIDTHS = {f"{name} {kind}" for name in "KN" for kind in ("even", "below", "tail")}
+
+
+@pytest.mark.parametrize("kernel", TILED)
+def test_the_quick_selection_meets_every_path_and_both_sides_of_every_boundary(kernel):
+    """Counts of rows around the height of a tile, widths around its blocks, ranks around 16."""
+    spec, met, reasons = TILED[kernel], defaultdict(set), defaultdict(set)
+    for problem in QUICK:
+        if problem.spec is not spec:
+            continue
+        case = problem.case
+        inputs = spec.inputs(case, problem.dtype, problem.mode, torch.device("cpu"))
+        counts = expert_counts(inputs["top_k_index"], case.experts)
+        for plan in spec.plans(lib, inputs):
+            if plan.unavailable:
+                reasons[plan.path].add(plan.unavailable)
+            elif plan.quick:
+                met[plan.path] |= {
+                    *boundaries(counts, plan.plan.tile),
+                    *tails(case, plan.plan.tile),
+                }
+    paths = {path.value for path in lib.plan.PATHS[lib.Operation(kernel)]}
+    assert paths == set(met) | set(reasons)
+    assert set(reasons) <= {"grouped_mm"}
+    for path, words in met.items():
+        wanted = ROWS | WIDTHS | {"R even", "R below", "R tail"}
+        assert wanted <= words, (path, sorted(wanted - words))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import scattermoe_lora as sm
 from scattermoe_lora.ops import combine, combine_grad
+from scattermoe_lora.ops import lora as lora_ops
 from scattermoe_lora.plan import PATHS, with_path
 
 pytestmark = pytest.mark.correctness
@@ -200,6 +201,35 @@ def test_all_paths_agree_bitwise_on_integers(device):
     assert len(found) > 1
     for other in found[1:]:
         assert same(found[0], other) == []
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["at the threshold", "below it"])
+def test_columns_that_are_summed_in_halves_are_the_same_columns(device, monkeypatch, spare):
+    one, width = Linear.drawn(device), 512
+    weight = integers(EXPERTS, width, N, seed=15).to(device)
+    lora = sm.LoRAWeights(
+        a=integers(EXPERTS, RANK, width, seed=16).to(device), b=one.b, scaling=2.0
+    )
+    launches = []
+    launch = lora_ops.launch_product
+    monkeypatch.setattr(
+        lora_ops, "launch_product", lambda *a, **k: launches.append(a[1].shape) or launch(*a, **k)
+    )
+
+    def run() -> Tensor:
+        launches.clear()
+        dx, _ = lora_ops.lora_input_grad(
+            one.dy, weight, lora, one.routing, source=sm.RowOrder.SLOT, target=sm.RowOrder.TOKEN,
+            plan=one.plans(sm.Path.EPILOGUE).input_grad,
+        )  # fmt: skip
+        return dx
+
+    whole = run()
+    assert launches.count((EXPERTS, N, width)) == 1
+    size = TOKENS * TOP_K * width * whole.itemsize
+    monkeypatch.setattr(lora_ops, "HALVED_BYTES", size + spare)
+    assert torch.equal(run(), whole)
+    assert launches.count((EXPERTS, N, width // 2)) == (0 if spare else 2)
 
 
 def laid_out(rows: Tensor, order: sm.RowOrder, routing: sm.Routing) -> Tensor:
