@@ -15,8 +15,16 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-LATER = frozenset({"gate", "records", "train"})
-"""Commands that DESIGN names and that may still be missing while the package is built."""
+RUN = ROOT / ".ci" / "run"
+SCRIPTS = (*FILES, RUN)
+CPU, GPU = (ROOT / ".github" / "workflows" / name for name in ("cpu.yml", "gpu.yml"))
+
+
+def commands_of(file: Path) -> list[list[str]]:
+    """The words of every `python -m verify`, that of `check` added where it is left out."""
+    text = file.read_text().replace('"$python"', "python").replace("\\\n", " ")
+    found = [line.split() for line in re.findall(r"python -m verify (.+)", text)]
+    return [words if not words[0].startswith("-") else ["check", *words] for words in found]
 
 
 def workflow(file: Path) -> dict:
@@ -36,15 +44,35 @@ def test_every_job_is_bounded_and_reads_only(file):
 
 
 @pytest.mark.correctness
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
 def test_what_is_run_exists(file):
     text = file.read_text()
-    commands = set(re.findall(r"python -m verify (?!-)(\w+)", text))
-    assert commands <= set(COMMANDS) | LATER
+    assert {words[0] for words in commands_of(file)} <= set(COMMANDS)
     for path in re.findall(r"tests/[\w/]+\.py", text):
         assert (ROOT / path).is_file(), path
     for path in re.findall(r"uses: (\./\S+)", text):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.correctness
+def test_the_script_and_the_workflows_ask_for_the_same():
+    """What a merge is held to on a CPU, here and there; what needs a GPU, there."""
+    here = {words[0] for words in commands_of(RUN)}
+    cpu = {words[0] for words in commands_of(CPU)}
+    gpu = {words[0] for words in commands_of(GPU)}
+    assert here >= {"check", "compile", "mutants"}
+    assert cpu - {"doctor", "report"} >= here
+    assert gpu >= {"check", "gate", "fuzz", "doctor", "report"}
+    peft = set(re.findall(r"tests/test_\w+\.py", RUN.read_text()))
+    assert peft <= set(re.findall(r"tests/test_\w+\.py", CPU.read_text()))
+
+
+@pytest.mark.correctness
+def test_the_compiled_baseline_is_of_the_triton_that_is_installed_there():
+    text = CPU.read_text()
+    job = text[text.index("\n  compile:") : text.index("\n  mutants:")]
+    (version,) = re.findall(r"triton==([\d.]+)", job)
+    assert (ROOT / "verify" / "baselines" / f"compile-{version}.json").is_file()
 
 
 @pytest.mark.correctness
@@ -70,12 +98,9 @@ def test_code_of_forks_meets_no_runner_of_ours():
 @pytest.mark.correctness
 def test_the_options_that_workflows_use_are_offered():
     used: dict[str, set[str]] = {}
-    for file in FILES:
-        for line in re.findall(r"python -m verify (.+(?:\\\n.+)*)", file.read_text()):
-            words = line.replace("\\\n", " ").split()
-            command = words[0] if not words[0].startswith("-") else "check"
-            used.setdefault(command, set()).update(w for w in words if w.startswith("--"))
-    for command in used.keys() & COMMANDS.keys():
+    for command, *words in (words for file in SCRIPTS for words in commands_of(file)):
+        used.setdefault(command, set()).update(w for w in words if w.startswith("--"))
+    for command in used:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"verify.commands.{command}").add_arguments(parser)
         offered = parser.format_help()
