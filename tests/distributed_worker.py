@@ -7,8 +7,8 @@ import torch
 from torch import distributed
 
 
-def run(rank, ranks, port, backend, scenario, results):
-    """Join the group, run one scenario, hand its result back."""
+def run(rank, ranks, port, backend, scenarios, results):
+    """Join the group, run the scenarios one after the other, hand each result back."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device("cpu")
     if backend == "nccl":
@@ -19,19 +19,20 @@ def run(rank, ranks, port, backend, scenario, results):
         torch.set_num_threads(1)
     distributed.init_process_group(backend, rank=rank, world_size=ranks)
     try:
-        results[rank] = globals()[scenario](rank, ranks, device)
+        for scenario in scenarios:
+            results[scenario, rank] = globals()[scenario](rank, ranks, device)
     finally:
         distributed.destroy_process_group()
 
 
-def adapted_model(device, *, packed, family="qwen3_moe", layers=1):
+def adapted_model(device, *, packed, family="qwen3_moe", layers=1, **changes):
     """The model of every scenario, on every process the same."""
     import hf_models
     import test_peft
 
     from scattermoe_lora.integrations import bitsandbytes as packing
 
-    model = hf_models.tiny_model(family, num_hidden_layers=layers)
+    model = hf_models.tiny_model(family, num_hidden_layers=layers, **changes)
     if packed:
         packing.quantize_experts(model, nested=True)
     return test_peft.ours(test_peft.adapted(model)).to(device)
@@ -63,13 +64,13 @@ def reference(model, ranks, device):
     return logits, grads
 
 
-def experts_divided(rank, ranks, device, *, packed=False):
+def experts_divided(rank, ranks, device, *, packed=False, **changes):
     """Expert parallelism against one process; batches of different lengths."""
     from test_peft import wrappers
 
     from scattermoe_lora.integrations.distributed import expert_parallel, ignored_by_ddp
 
-    model = adapted_model(device, packed=packed)
+    model = adapted_model(device, packed=packed, **changes)
     expected = reference(copy.deepcopy(model), ranks, device)
     shard = expert_parallel(model, equal_tokens=False)
     ignored = set(ignored_by_ddp(model))
@@ -103,6 +104,11 @@ def experts_divided(rank, ranks, device, *, packed=False):
 
 def packed_experts_divided(rank, ranks, device):
     return experts_divided(rank, ranks, device, packed=True)
+
+
+def fewer_experts_than_choices(rank, ranks, device):
+    """One expert per rank, two choices per token."""
+    return experts_divided(rank, ranks, device, num_experts=ranks)
 
 
 def a_rank_without_rows(rank, ranks, device):

@@ -15,20 +15,42 @@ from scattermoe_lora.integrations.distributed import owned_experts
 pytestmark = pytest.mark.hf
 
 RANKS = 2
-BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.multi_gpu)]
+SCENARIOS = (
+    "experts_divided",
+    "packed_experts_divided",
+    "fewer_experts_than_choices",
+    "a_rank_without_rows",
+    "fully_sharded",
+    "replicated",
+)
 
 
-def spawn(scenario, backend):
-    """The results of every rank."""
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.multi_gpu)])
+def outcomes(request):
+    """(scenario, rank) -> result; two processes run every scenario, until one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with multiprocessing.Manager() as manager:
         results = manager.dict()
-        multiprocessing.spawn(
-            distributed_worker.run, (RANKS, port, backend, scenario, results), nprocs=RANKS
-        )
-        return [results[rank] for rank in range(RANKS)]
+        failure = "no process said why"
+        try:
+            multiprocessing.spawn(
+                distributed_worker.run,
+                (RANKS, port, request.param, SCENARIOS, results),
+                nprocs=RANKS,
+            )
+        except multiprocessing.ProcessException as error:
+            failure = str(error)
+        return dict(results), failure
+
+
+def results_of(outcomes, scenario):
+    """The results of every rank."""
+    results, failure = outcomes
+    if (scenario, RANKS - 1) not in results or (scenario, 0) not in results:
+        pytest.fail(f"{scenario} did not end: {failure}")
+    return [results[scenario, rank] for rank in range(RANKS)]
 
 
 def close(got, expected, what):
@@ -48,31 +70,34 @@ def judge(results):
             close(got, expected, f"{name} of rank {rank}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scenario", ["experts_divided", "packed_experts_divided"])
-def test_divided_experts_equal_one_process(scenario, backend):
-    results = spawn(scenario, backend)
+@pytest.mark.parametrize(
+    ("scenario", "owned"),
+    [
+        ("experts_divided", 2),
+        ("packed_experts_divided", 2),
+        ("fewer_experts_than_choices", 1),
+    ],
+)
+def test_divided_experts_equal_one_process(outcomes, scenario, owned):
+    results = results_of(outcomes, scenario)
     judge(results)
     for result in results:
-        assert result["sizes"] == [2, 2]
+        assert result["sizes"] == [owned, owned]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rank_without_rows_takes_part_and_gets_zeros(backend):
-    first, second = spawn("a_rank_without_rows", backend)
+def test_a_rank_without_rows_takes_part_and_gets_zeros(outcomes):
+    first, second = results_of(outcomes, "a_rank_without_rows")
     assert first.keys() == second.keys()
     assert all(value > 0 for value in first.values())
     assert set(second.values()) == {0.0}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fsdp2_with_frozen_packed_experts_equals_one_process(backend):
-    judge(spawn("fully_sharded", backend))
+def test_fsdp2_with_frozen_packed_experts_equals_one_process(outcomes):
+    judge(results_of(outcomes, "fully_sharded"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ddp_equals_one_process(backend):
-    judge(spawn("replicated", backend))
+def test_ddp_equals_one_process(outcomes):
+    judge(results_of(outcomes, "replicated"))
 
 
 def test_experts_are_divided_in_order():
