@@ -8,6 +8,7 @@ import pytest
 
 from verify import mutants
 from verify.commands.common import source_directory
+from verify.mutation_host import OPERATORS
 from verify.mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits
 from verify.mutation_targets import EQUIVALENT
 from verify.mutation_trials import SPECS, Task, Verdict, paths_of, trials
@@ -67,6 +68,32 @@ def generated():
 def test_an_operator_makes_its_change(operator, text):
     own = [edit for edit in made(KERNEL) if edit.operator == operator]
     assert any(text in edit.apply(KERNEL) for edit in own), [edit.text for edit in own]
+
+
+LAUNCHER = """
+def launch(x, weight, routing, call, gates):
+    x = x.contiguous()
+    rows = Rows(call.source, RowOrder.TOKEN)
+    return product(x, weight, routing, rows, row_scale=gates, width=min(x, weight))
+"""
+HOST_CHANGES = (
+    ("exchanged", "product(weight, x, routing"),
+    ("exchanged", "Rows(RowOrder.TOKEN, call.source)"),
+    ("conversion", "    x = x\n"),
+    ("reassignment", "    pass\n"),
+    ("option", "row_scale=None"),
+    ("attribute", "Rows(call.target, RowOrder.TOKEN)"),
+    ("attribute", "RowOrder.SLOT"),
+)
+
+
+@pytest.mark.parametrize(("operator", "text"), HOST_CHANGES)
+def test_an_operator_on_launchers_makes_its_change(operator, text):
+    own = [edit for edit in made(LAUNCHER, OPERATORS) if edit.operator == operator]
+    assert any(text in edit.apply(LAUNCHER) for edit in own), [edit.text for edit in own]
+    for edit in own:
+        assert "min(weight, x)" not in edit.apply(LAUNCHER)
+        assert "routing, weight" not in edit.apply(LAUNCHER)
 
 
 def test_every_mutant_parses_and_differs_from_the_others():

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from .broken import BY_HAND
-from .mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits, unified_diff
+from .mutation_host import OPERATORS as HOST_OPERATORS
+from .mutation_operators import KERNEL_OPERATORS, edits, unified_diff
 from .mutation_targets import (
     CHECKS,
     EQUIVALENT,

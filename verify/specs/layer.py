@@ -37,7 +37,9 @@ def _cases() -> tuple[Case, ...]:
     return tuple(
         replace(case, source="TOKEN", target="SLOT", gradient="TOKEN", gated=True)
         for case in small
-        if case.x_layout == "contiguous" and case.lora_dtype == "same" and case.tokens
+        if case.x_layout in ("contiguous", "transposed")
+        and case.lora_dtype == "same"
+        and case.tokens
         if case.values in _VALUES
     )
 
