@@ -224,8 +224,7 @@ def _launch(
         (count * ceil_div(n, tile.block_n), 1, 1),
         x.device,
         (
-            matrix(x),
-            row_operand(x, tile) if x_map else None,
+            row_operand(x, tile) if x_map else matrix(x),
             weight_operand(weight, layout, tile),
             None if bias is None else matrix(bias),
             None if left is None else matrix(left),
