@@ -261,7 +261,7 @@ def targets(models: Iterable[str] = BUILT_IN) -> tuple[BenchCase, ...]:
     add("projection", products, tokens=8192)
     found += [
         BenchCase(kind="qlora-layer", what=what, shape=shape, tokens=tokens)
-        for shape in shapes[:1]
+        for shape in shapes[:2]
         for tokens in (2048, 8192)
         for what in WHATS["qlora-layer"]
     ]
