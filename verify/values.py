@@ -44,19 +44,19 @@ def valued(
         found[other] = found[other] * 2.0**others
         found["bias"] = found["bias"] * 2.0 ** (own if operand == "x" else others)
     elif kind == "not":
-        found["x"] = poisoned(found["x"], 0)
+        found["x"] = poisoned(found["x"])
         if not case.drops:
-            found["dy"] = poisoned(found["dy"], 2)
+            found["dy"] = poisoned(found["dy"])
     return found
 
 
-def poisoned(rows: Tensor, first: int) -> Tensor:
-    """A NaN in the row `first`, counted around, and an infinity in the next but three."""
+def poisoned(rows: Tensor) -> Tensor:
+    """An infinity in row 3, and a NaN in row 0, which masked rows are often read from."""
     rows = rows.clone()
     if rows.numel():
         count, width = rows.shape
-        rows[(first + 3) % count, width // 2] = -torch.inf
-        rows[first % count, -1] = torch.nan
+        rows[3 % count, width // 2] = -torch.inf
+        rows[0, -1] = torch.nan
     return rows
 
 

@@ -13,6 +13,7 @@ from ..inputs import Inputs, make_inputs
 from ..models import Arithmetic
 from ..numerics import Uncertain, summed
 from ..spec import KernelSpec
+from ..values import valued
 from .common import bytes_of, groups_of, only_default, ops, order, routing, row_expected
 
 
@@ -33,9 +34,11 @@ def _slot_inputs(
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     gates = drawn(case.tokens, case.top_k).float()
-    return inputs.having(
-        y=drawn(case.rows, case.n_out), dout=drawn(case.tokens, case.n_out), gates=gates
-    )
+    rows = {"x": drawn(case.rows, case.n_out), "dy": drawn(case.tokens, case.n_out)}
+    if mode != "exact" and case.values in ("tiny-x", "tiny-dy", "not-finite"):
+        nothing = torch.zeros(1, device=device)
+        rows = valued({**rows, "bias": nothing}, case, dtype, inputs["top_k_index"])
+    return inputs.having(y=rows["x"].to(dtype), dout=rows["dy"].to(dtype), gates=gates)
 
 
 def _run_group(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
