@@ -154,29 +154,28 @@ def scatter2scatter_kernel(
     elif (expert < first_expert) | (expert >= stop_expert):
         return
     n_start = column_block * BLOCK_N
-    halved = False
-    if BLOCK_M >= HALVED_FROM and not X_DESCRIPTOR:
-        halved = end - row <= BLOCK_M // 2
     if expert == DROPPED:
         n = n_start + tl.arange(0, BLOCK_N)
         y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
         stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
         y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
         tl.store(y_ptrs, tl.zeros((BLOCK_M, BLOCK_N), y.ptr.dtype.element_ty), mask=stored)
-    elif halved:
-        product_tile(
-            x, w, bias, left, right, row_scale, y, slots,
-            expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
-            X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
-            BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
-    else:
-        product_tile(
-            x, w, bias, left, right, row_scale, y, slots,
-            expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
-            X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+        return
+    if BLOCK_M >= HALVED_FROM and not X_DESCRIPTOR:
+        if end - row <= BLOCK_M // 2:
+            product_tile(
+                x, w, bias, left, right, row_scale, y, slots,
+                expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
+                X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+            return
+    product_tile(
+        x, w, bias, left, right, row_scale, y, slots,
+        expert, first_expert, row, end, n_start, fan_out, K, N, R, scale,
+        X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
 
 
 scatter2scatter_launcher = Launcher(scatter2scatter_kernel)
