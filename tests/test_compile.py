@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from verify.ahead import serialised
+
 pytestmark = [pytest.mark.correctness, pytest.mark.compile]
 
 # Triton interprets in this process, so others compile.
@@ -111,3 +113,14 @@ def test_an_interpreting_process_refuses():
     ran = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode != 0
     assert "TRITON_INTERPRET" in ran.stderr
+
+
+@pytest.mark.parametrize(("waiting", "expected"), [((False, True), False), ((True, True), True)])
+def test_products_that_wait_one_by_one_are_seen(waiting, expected):
+    """Two warpgroup products in one group: the last of them waits, or ptxas made both wait."""
+    sass = "\n".join(
+        f"HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24{', gsb0' if wait else ''} ;"
+        for wait in waiting
+    )
+    ptx = "wgmma.mma_async.sync\n" * 2 + "wgmma.commit_group.sync.aligned;\n"
+    assert serialised(sass, ptx) is expected

@@ -23,6 +23,7 @@ from triton.runtime.driver import driver
 
 WARP = 32
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_WARPGROUP = re.compile(r"\bHGMMA\b[^;]*")
 _MATRIX = re.compile(r"\b([HIDQO]G?MMA|UTC[A-Z]*MMA)\b")
 
 
@@ -79,6 +80,8 @@ class Compiled:
     """Hash of source, signature, constants and options: equal for one variant."""
     ptx: str = field(repr=False, default="")
     dots: int = 0
+    serialised: bool = False
+    """Whether ptxas waits for every warpgroup product by itself (its remark C7510 or C7515)."""
 
     def as_json(self) -> dict[str, Any]:
         """What a baseline keeps; the size of the cubin is not compared."""
@@ -218,7 +221,20 @@ def _facts(kernel: Any, built: Any) -> Compiled:
         key=str(built.metadata.hash),
         ptx=ptx,
         dots=built.asm["ttir"].count("tt.dot "),
+        serialised=serialised(sass, ptx),
     )
+
+
+def serialised(sass: str, ptx: str) -> bool:
+    """Whether more warpgroup products wait than the PTX has groups of them, in proportion.
+
+    The PTX commits products in groups; in SASS the last of a group carries `gsb0`. ptxas gives it
+    to every one of them where something else writes their accumulators.
+    """
+    products = _WARPGROUP.findall(sass)
+    waiting = sum("gsb0" in product for product in products)
+    stated, groups = ptx.count("wgmma.mma_async"), ptx.count("wgmma.commit_group")
+    return waiting * stated > groups * len(products)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -334,6 +334,8 @@ def demands(job: Job, compiled: Compiled) -> list[str]:
     narrow = job.shape.dtype != "float32"
     if narrow and compiled.dots and not compiled.matrix:
         problems.append(f"has {compiled.dots} products but no tensor-core instruction")
+    if compiled.serialised:
+        problems.append("waits for every warpgroup product by itself, which costs up to a quarter")
     return problems
 
 
