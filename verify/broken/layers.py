@@ -132,10 +132,10 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
         ),
         Mutant(
             id="experts_mlp-exchanged",
-            what="adapters of the projections exchanged",
+            what="the narrow operands of the gradients of an adapter exchanged",
             file=_LAYER,
             old="x, dh, xa1, yb1, a1, b1, call.gate_up.scaling",
-            new="x, dh, xa1, yb1, a1, b1, -call.gate_up.scaling",
+            new="x, dh, yb1, xa1, a1, b1, call.gate_up.scaling",
         ),
     ),
     "routing": (
