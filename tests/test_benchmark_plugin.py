@@ -62,7 +62,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs(pytester, tmp_path):
+def runs(pytester, tmp_path, monkeypatch):
+    # What runs inside is no worker of pytest-xdist, whatever runs this test.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     package = tmp_path / "scattermoe_lora"
     package.mkdir()
     (package / "__init__.py").write_text("")

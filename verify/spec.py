@@ -160,4 +160,4 @@ class KernelSpec:
             runs += [(other, "balanced")] if self.thrift == 1 else []
         else:
             runs = [(dtype, "balanced"), *([(other, "exact")] if turn % 3 == 0 else [])]
-        return tuple(run for run in runs if run in self.runs(case))
+        return tuple(run for run in dict.fromkeys(runs) if run in self.runs(case))
