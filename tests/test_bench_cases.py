@@ -196,7 +196,7 @@ DEQUANT = BenchCase(
 )
 KEYS = {
     "name", "kind", "model", "T", "R", "routing", "path", "ms", "floor_ms", "wall_ms",
-    "first_call_s", "peak_bytes", "launches", "peers", "detail",
+    "first_call_s", "peak_bytes", "launches", "peers", "copy_share", "detail",
 }  # fmt: skip
 
 
@@ -210,6 +210,7 @@ def test_an_entry_holds_what_records_promise(bench_of_dequant):
     (entry,) = bench_of_dequant.run([DEQUANT])
     assert isinstance(entry, Entry)
     assert entry.as_json().keys() == KEYS
+    assert entry.as_json()["copy_share"] == pytest.approx(entry.floor_ms / entry.ms, abs=1e-4)
     assert json.loads(json.dumps(entry.as_json())) == entry.as_json()
     assert entry.ms > 0
 

@@ -53,8 +53,9 @@ class Entry:
     samples: tuple[float, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for a record."""
+        """Plain values for a record; of a decoding, its rate as a share of a copy's too."""
         case = self.case
+        decoded = case.kind == "dequant"
         return {
             "name": case.name,
             "kind": case.kind,
@@ -73,6 +74,7 @@ class Entry:
                 name: {"ms": peer.ms, "peak_bytes": peer.peak_bytes}
                 for name, peer in self.peers.items()
             },
+            **({"copy_share": round(self.floor_ms / self.ms, 4)} if decoded else {}),
             "detail": dict(self.detail),
         }
 
