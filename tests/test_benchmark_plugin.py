@@ -15,6 +15,7 @@ pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.correctness
 
 SUITE = Path(__file__).parent / "test_benchmarks.py"
+COPY = "test_copy_of_benchmarks.py"
 FIRST = cases_of("gate")[0].name
 COMMIT = {"id": "5" * 40, "dirty": False}
 
@@ -68,7 +69,7 @@ def runs(pytester, tmp_path, monkeypatch):
     package = tmp_path / "scattermoe_lora"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    shutil.copy(SUITE, pytester.path / SUITE.name)
+    shutil.copy(SUITE, pytester.path / COPY)
     return Runs(pytester, package)
 
 
@@ -197,7 +198,7 @@ def test_no_benchmark_at_all(runs):
 
 def test_a_renamed_benchmark(runs):
     runs.save(*FEW)
-    file = runs.pytester.path / SUITE.name
+    file = runs.pytester.path / COPY
     file.write_text(file.read_text().replace("case.name for", "case.name.upper() for"))
     result = runs.compare("-k", "KERNEL")
     assert result.ret == 1
@@ -206,7 +207,7 @@ def test_a_renamed_benchmark(runs):
 
 def test_a_skipped_benchmark(runs):
     runs.save(*FEW)
-    file = runs.pytester.path / SUITE.name
+    file = runs.pytester.path / COPY
     skip = f'    if "{FIRST}" == case.name:\n        pytest.skip("not today")\n    timed(case)\n'
     file.write_text(file.read_text().replace("    timed(case)\n", skip))
     result = runs.compare(*FEW)
