@@ -104,7 +104,7 @@ def test_factors_the_wrong_way_round_are_refused():
     w = torch.empty(3, 5, 7)
     a, b = torch.empty(6, 5), torch.empty(7, 6)
     compat.validate_scattermoe_lora_shapes(w, a, b)
-    for wrong in ((b.mT, a.mT), (a[:5], b), (a, b[:, :3])):
+    for wrong in ((b.mT, a.mT), (a[:5], b), (a[:, :4], b), (a, b[:, :3]), (a, b[:6])):
         with pytest.raises(ValueError, match="Invalid ScatterMoE LoRA layout"):
             compat.validate_scattermoe_lora_shapes(w, *wrong)
 
@@ -127,7 +127,7 @@ def test_under_autocast_the_sum_is_narrow_and_gradients_are_wide(device):
     assert all(grad.abs().sum() > 0 for grad in grads)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 4)], ids=["block per expert", "block of four"])
+@pytest.mark.parametrize("shape", [(8, 16), (4, 8)], ids=["two blocks each", "block of two"])
 def test_packed_experts_whose_state_is_flat(device, shape):
     functional = pytest.importorskip("bitsandbytes.functional")
     flat = torch.randn(4 * shape[0] * shape[1], device=device, dtype=torch.bfloat16)
