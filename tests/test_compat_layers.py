@@ -38,8 +38,12 @@ def relative(got, want):
         ("parallel_linear_lora", ("_compute_lora_input_grad", "get_lora_params_from_wrapper")),
         ("lora_layout", ("peft_lora_to_scattermoe", "validate_scattermoe_lora_shapes")),
         ("layers", ("peft_lora_to_scattermoe", "peft_lora_B_to_scattermoe")),
+        ("layers", ("HFScatterMoEGatedMLP", "ScatterMoEGatedMLP", "_route")),
+        ("layers", ("_sigmoid_topk_route", "_softmax_topk_route", "_compute_shared_expert")),
+        ("layers", ("_unwrap_experts_lora", "_unwrap_gate_lora")),
         ("selective_dequant", ("get_active_experts", "remap_expert_indices")),
         ("selective_dequant", ("selective_expert_weights", "selective_lora_weights")),
+        ("selective_dequant", ("_selective_dequant_bnb4",)),
         ("selective_dequant_kernel", ("selective_dequant_nf4_triton",)),
     ],
 )

@@ -35,6 +35,16 @@ from .kernels.lora_ops import (
 )
 from .kernels.ops import group, group_bwd_W, scatter2scatter
 from .kernels.single import single2scatter
+from .layers import (
+    HFScatterMoEGatedMLP,
+    ScatterMoEGatedMLP,
+    _compute_shared_expert,
+    _route,
+    _sigmoid_topk_route,
+    _softmax_topk_route,
+    _unwrap_experts_lora,
+    _unwrap_gate_lora,
+)
 from .lora_layout import (
     peft_lora_B_to_scattermoe,
     peft_lora_to_scattermoe,
@@ -48,13 +58,23 @@ from .parallel_linear_lora import (
     get_lora_params_from_wrapper,
     parallel_linear_lora,
 )
+from .selective_dequant import _selective_dequant_bnb4
 
 __all__ = [
     "BLOCK_M",
     "_SPLIT_LORA_FWD_THRESHOLD",
+    "HFScatterMoEGatedMLP",
     "ParallelExperts",
+    "ScatterMoEGatedMLP",
     "ScatterMoELoRA",
     "_compute_lora_input_grad",
+    "_compute_shared_expert",
+    "_route",
+    "_selective_dequant_bnb4",
+    "_sigmoid_topk_route",
+    "_softmax_topk_route",
+    "_unwrap_experts_lora",
+    "_unwrap_gate_lora",
     "flatten_sort_count",
     "get_active_experts",
     "get_lora_params_from_wrapper",
