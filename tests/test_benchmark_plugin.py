@@ -88,6 +88,7 @@ def test_unchanged_sources_pass(runs, seed):
     result = runs.compare(speeds=Speeds(seed=seed))
     assert result.ret == 0
     assert said(result, "0 regression, 0 improvement, 60 same, 0 ambiguous, 0 unmeasured")
+    assert said(result, "exit status 0")
     assert runs.devices[-1].asked == [case.name for case in cases_of("gate")]
 
 
@@ -98,6 +99,7 @@ def test_a_slowdown_of_one_benchmark_fails_the_run(runs, name):
     assert result.ret == 1
     assert said(result, f"regression: {name}: +")
     assert said(result, "1 regression, 0 improvement, 59 same")
+    assert said(result, "exit status 1")
 
 
 def test_a_faster_run_passes(runs):

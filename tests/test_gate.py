@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import subprocess
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from verify import peer_figures, revision
 from verify.bench_arms import Arm, arm_of
 from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase
 from verify.cli import main
+from verify.commands.gate import calibrated
 from verify.gate import Gate, Result, exit_status, summary_of
 from verify.gate_cases import MOST, WITNESSES, suite, tiny_suite
-from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing
+from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing, more_rounds
 from verify.gate_plant import Plant, busy_wait, slow_tree
-from verify.gate_process import Trees, digest, tree_of
 from verify.record_check import Sources, inspect
 from verify.statistics import AMBIGUOUS, IMPROVEMENT, REGRESSION, SAME, UNMEASURED, Rule
 from verify.timing import Effort, HostClock, VirtualClock
@@ -266,6 +266,42 @@ def test_visits_are_read_as_they_were_written():
     assert replace(again, samples={}) == replace(visit, samples={})
 
 
+def test_rounds_that_vary_are_taken_more_often_and_slower_ones_are_not():
+    dice = random.Random(5)
+
+    def arm(noise, factor=1.0, rounds=20):
+        return [factor * (1 + dice.gauss(0, noise)) for _ in range(rounds)]
+
+    assert more_rounds([arm(0.002), arm(0.002, 1.5)], 0.005) == 0
+    few, many = (more_rounds([arm(0.001), arm(noise)], 0.005) for noise in (0.02, 0.2))
+    assert few % 2 == many % 2 == 0
+    assert 0 < few < many == 7 * 20
+    assert more_rounds([arm(0.2)], 0.005) == more_rounds([arm(0.2), arm(0.2)], None) == 0
+
+
+def test_a_process_takes_the_rounds_that_it_lacks():
+    clock, dice = VirtualClock(), random.Random(6)
+
+    def arms(lib, case, drawn):
+        spend = lambda: clock.spend(1 + 0.1 * dice.random())  # noqa: E731
+        return Arm(call=lambda: spend() or (torch.zeros(1),), outputs=("y",))
+
+    effort = Effort(budget_ms=1.0, least=20, most=20)
+    counts = {
+        precision: {
+            len(samples)
+            for visit in pairs_of(
+                arms, clock=clock, effort=effort, exact=False, precision=precision
+            ).visits([DEQUANT], 0)
+            for samples in visit.samples.values()
+        }
+        for precision in (None, 0.005)
+    }
+    assert counts[None] == {20}
+    (taken,) = counts[0.005]
+    assert 20 < taken <= 160
+
+
 # Planted slowdowns
 
 
@@ -297,6 +333,31 @@ def test_a_wait_is_as_long_as_it_should_be():
     wait = busy_wait(clock, lambda cycles: clock.spend(launch + cycles / per_ms))
     assert clock.once(wait(0.05)) == pytest.approx(0.05, rel=1e-3)
     assert clock.once(wait(0.0)) == pytest.approx(launch, rel=1e-2)
+
+
+class EventsTakeTime(VirtualClock):
+    """A sample is longer than its call, as between the events of a GPU."""
+
+    def samples(self, calls, rounds, host_ms):
+        found = super().samples(calls, rounds, host_ms)
+        return [[value + 0.004 for value in values] for values in found]
+
+
+def test_a_wait_after_other_work_does_not_count_what_events_take():
+    clock, per_ms = EventsTakeTime(), 1_700_000
+    wait = busy_wait(clock, lambda cycles: clock.spend(0.001 + cycles / per_ms))
+    assert clock.once(wait(0.05)) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_wait_is_measured_at_the_clock_of_a_gpu_at_work():
+    clock = VirtualClock()
+
+    def spin(cycles):
+        clock.spend(cycles / (345_000 if clock.seconds < 0.1 else 1_980_000))
+
+    wait = busy_wait(clock, spin)(0.05)
+    clock.spend(1000.0)
+    assert clock.once(wait) == pytest.approx(0.05, rel=1e-3)
 
 
 @pytest.mark.parametrize(("percent", "status"), [(5.0, 1), (10.0, 1)])
@@ -335,41 +396,7 @@ def test_a_slow_tree_is_the_package_with_another_launcher(tmp_path):
         slow_tree(PACKAGE, tmp_path, 10.0)
 
 
-def test_a_launcher_that_is_not_known_is_not_planted_in(tmp_path):
-    package = tmp_path / "scattermoe_lora"
-    package.mkdir()
-    (package / "_launch.py").write_text("from typing import Any\n")
-    with pytest.raises(ValueError, match="nowhere to plant"):
-        slow_tree(package, tmp_path / "out", 10.0)
-
-
-# Revisions and processes
-
-
-def test_a_revision_is_a_directory_or_what_git_knows(tmp_path):
-    repository = tmp_path / "repository"
-    (repository / "thing").mkdir(parents=True)
-    (repository / "thing" / "__init__.py").write_text("A = 1\n")
-    run = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*run, *words], check=True)
-    found = {
-        against: tree_of(against, repository, tmp_path / str(place), package="thing")
-        for place, against in enumerate([str(repository), str(repository / "thing"), "HEAD"])
-    }
-    assert len({digest(tree) for tree in found.values()}) == 1
-    (repository / "thing" / "__init__.py").write_text("A = 2\n")
-    again = tree_of(str(repository), repository, tmp_path / "again", package="thing")
-    assert digest(again) != digest(found["HEAD"])
-    with pytest.raises(ValueError, match="git has no thing at revision 'absent'"):
-        tree_of("absent", repository, tmp_path / "none", package="thing")
-
-
-def test_a_process_that_dies_says_so(tmp_path):
-    trees = Trees(base=tmp_path, head=PACKAGE, device="cpu")
-    (visit,) = trees.visit([DEQUANT], 0, None)
-    assert visit.reason.startswith("the process ended with status 1")
-    assert "is not a package: it has no __init__.py" in visit.reason
+# The command
 
 
 def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
@@ -397,6 +424,8 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
     ("words", "message"),
     [
         ((), "needs --against"),
+        (("--against", "x", "--calibrate", "--plant", "5"), "needs --against"),
+        (("--calibrate", "--plant", "5"), "nothing can be planted"),
         (("--against", "x", "--names", "nothing.*"), "nothing of"),
         (("--against", "no-such-revision"), "git has no scattermoe_lora"),
         (("--against", "x", "--accept", "time"), "time is none of peak_bytes, launches"),
@@ -410,6 +439,22 @@ def test_options_that_make_no_sense_are_refused(words, message, tmp_path, monkey
         main(["gate", "--device", "cpu", *words])
 
 
+@pytest.mark.parametrize(
+    ("rates", "status"),
+    [
+        ({}, 0),
+        ({"benchmarks": 59}, 2),
+        ({"power": 0.98}, 1),
+        ({"false_alarm_rate_at_most": 0.011}, 1),
+        (None, 2),
+    ],
+)
+def test_a_calibration_succeeds_where_all_is_in_the_rates_and_they_are_kept(rates, status):
+    good = {"benchmarks": 60, "power": 0.995, "false_alarm_rate_at_most": 0.0015}
+    record = {"rates": None if rates is None else good | rates, "summary": {"benchmarks": 60}}
+    assert calibrated(record) == status
+
+
 def test_the_list_is_the_suite(capsys):
     assert main(["gate", "--list"]) == 0
     assert capsys.readouterr().out.split() == [case.name for case in suite()]
@@ -419,20 +464,31 @@ def test_the_list_is_the_suite(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "regressions", "state", "refresh"),
+    ("command", "facts", "state"),
     [
-        ("gate", 0, "good", "gate --against main --device cuda"),
-        ("gate", 2, "failed", "gate --against main --device cuda"),
-        ("gate-samples", 0, "good", "gate --calibrate --device cuda"),
+        ("gate", {}, "good"),
+        ("gate", {"regression": 2}, "failed"),
+        ("gate", {"ambiguous": 1}, "incomplete"),
+        ("gate", {"invalid": ["a peer took 2 ms"]}, "incomplete"),
+        ("gate", {"benchmarks": 59}, "incomplete"),
+        ("gate", {"complete": False}, "incomplete"),
+        ("gate", {"plant": 5.0}, "failed"),
+        ("gate-samples", {}, "good"),
+        ("gate-samples", {"rates": None}, "incomplete"),
+        ("gate-samples", {"benchmarks": 59}, "incomplete"),
     ],
 )
-def test_a_record_of_a_regression_is_no_good_record(tmp_path, command, regressions, state, refresh):
+def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts, state):
     machine = tmp_path / "nvidia-h100-80gb-hbm3"
     machine.mkdir()
-    summary = {"regression": regressions, "complete": True}
-    record = head(command, summary=summary) | {"fingerprint": {}}
+    summary = {"regression": 0, "ambiguous": 0, "invalid": [], "complete": True, "benchmarks": 60}
+    whole = {"fingerprint": {}, "plant": 0.0, "rates": {"power": 1.0}}
+    summary |= {key: value for key, value in facts.items() if key in summary}
+    record = head(command, summary=summary) | whole
+    record |= {key: value for key, value in facts.items() if key in whole}
     (machine / f"{command}.json").write_text(json.dumps(record))
     sources = Sources(fingerprint={}, enumerate=lambda selection: frozenset())
     _, found = inspect(tmp_path, sources, release=True)
     assert (found.state, found.fault) == (state, state != "good")
-    assert refresh in found.refresh
+    option = {"gate": "--against main", "gate-samples": "--calibrate"}[command]
+    assert f"gate {option} --device cuda" in found.refresh

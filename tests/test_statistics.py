@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from statistics import fmean, stdev
 
 import pytest
 
@@ -16,6 +17,7 @@ from verify.statistics import (
     Rule,
     decide,
     log_ratio,
+    log_ratio_error,
     mean_spread,
     pooled,
     scales,
@@ -88,6 +90,22 @@ def test_a_disturbed_round_does_not_choose_one_place():
 def test_samples_that_make_no_ratio_are_refused(base, head, words):
     with pytest.raises(ValueError, match=words):
         log_ratio(base, head)
+
+
+def test_the_error_of_a_ratio_is_what_ratios_vary_by():
+    dice = random.Random(4)
+
+    def arm():
+        return [1 + dice.gauss(0, 0.02) for _ in range(40)]
+
+    drawn = [(arm(), arm()) for _ in range(1000)]
+    actual = stdev([log_ratio(*pair) for pair in drawn])
+    # The standard error of a standard deviation of 1000 values is 2%; the rest is that the median
+    # of 20 blocks is not yet normal.
+    assert fmean(log_ratio_error(*pair) for pair in drawn) == pytest.approx(actual, rel=0.1)
+    slower = [1.3 * value for value in drawn[0][1]]
+    same = log_ratio_error(drawn[0][0], slower)
+    assert same == pytest.approx(log_ratio_error(*drawn[0]))
 
 
 # The decision

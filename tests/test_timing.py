@@ -12,6 +12,7 @@ from verify.timing import (
     HostClock,
     Timing,
     VirtualClock,
+    is_kernel,
     launches,
     measure,
     peak_bytes,
@@ -95,3 +96,18 @@ def test_nothing_is_invented_where_nothing_counts():
     cpu = torch.device("cpu")
     assert peak_bytes(lambda: None, cpu) is None
     assert launches(lambda: None, cpu) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("_scatter2scatter_kernel", True),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>(int)", True),
+        ("Memset (Device)", False),
+        ("Memcpy DtoD (Device -> Device)", False),
+        ("Activity Buffer Request", False),
+        ("at::cuda::(anonymous namespace)::spin_kernel(long)", False),
+    ],
+)
+def test_copies_fills_and_busy_waits_are_no_kernels(name, counts):
+    assert is_kernel(name) == counts

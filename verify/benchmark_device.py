@@ -14,7 +14,7 @@ from .bench_cases import BenchCase
 from .benchmark_plugin import Measured
 from .environment import environment
 from .gate import Gate, Result
-from .gate_process import Trees, tree_of
+from .gate_process import Trees, digest, tree_of
 from .timing import clock_of
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class ThisMachine:
         say: Callable[[str], None],
     ) -> tuple[Sequence[Result], Sequence[str]]:
         """Decide every case against the package in `base`; also what makes that invalid."""
+        from .bench_ahead import compile_ahead
         from .gate_records import history_of
 
         self._entries = self._next = None
@@ -95,6 +96,11 @@ class ThisMachine:
         trees = Trees(base=base, head=head, device=str(self._device))
         history = history_of(Path(__file__).resolve().parent / "records", self._device)
         gate = Gate(cases=cases, visit=trees.visit, history=history, seconds=seconds)
+        if self._device.type == "cuda" and digest(base) != digest(head):
+            # Today's kernels are compiled: they were measured.
+            for name, _, error in compile_ahead(cases, self._device, tree=base):
+                if error:
+                    say(f"ahead: {name}: {error}")
         process = -1
         for visit in gate.run():
             if visit.process != process:

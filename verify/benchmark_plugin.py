@@ -113,6 +113,7 @@ class BenchmarkGate:
         self._skipped: dict[str, str] = {}
         self._scratch = Path(tempfile.mkdtemp(prefix="benchmark-gate-"))
         self._lines: list[str] = []
+        self._status = 0
 
     # Before anything is collected
 
@@ -262,7 +263,7 @@ class BenchmarkGate:
         else:
             self._lines.append("no benchmark was measured")
             status = 1
-        session.exitstatus = status or exitstatus
+        session.exitstatus = self._status = status or int(exitstatus)
 
     def _absent(self) -> list[str]:
         """Benchmarks of the baseline that this run did not measure, in words."""
@@ -283,16 +284,14 @@ class BenchmarkGate:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         return (lambda text: None) if reporter is None else reporter.write_line
 
-    def pytest_terminal_summary(
-        self, terminalreporter: Any, exitstatus: int, config: pytest.Config
-    ) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any, config: pytest.Config) -> None:
         """Say what was decided."""
         if not _comparing(config) or not self._lines:
             return
         terminalreporter.section("gate: pairs with the baseline's revision")
         for line in self._lines:
             terminalreporter.write_line(line)
-        terminalreporter.write_line(f"exit status {int(exitstatus)}")
+        terminalreporter.write_line(f"exit status {self._status}")
 
     def pytest_unconfigure(self) -> None:
         """Remove the sources of the baseline."""

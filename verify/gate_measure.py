@@ -1,7 +1,8 @@
 """One process of the gate: two revisions and a copy of the second take turns on equal tensors."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from .bench_inputs import Drawn, draw
 from .gate_cases import WITNESSES
 from .gate_plant import Plant
 from .peers import PEERS
+from .statistics import log_ratio_error
 from .timing import Call, Clock, Effort, launches, peak_bytes
 
 BASE, HEAD, TWIN = "base", "head", "twin"
@@ -29,6 +31,11 @@ EFFORTS: Mapping[str, Effort] = {
 }
 WARM_UP: Mapping[str, float] = {"cuda": 1000.0, "cpu": 0.0}
 """Milliseconds of calls before the first sample of a process: a GPU's clock rises after idling."""
+
+PRECISIONS: Mapping[str, float | None] = {"cuda": 0.005, "cpu": None}
+"""Standard error of a logarithmic ratio for which a process takes more rounds."""
+_MORE = 8
+"""Times as many rounds as its effort says, at most."""
 
 _UNIT = 1e-5
 """Samples are kept to this many milliseconds; GPU events resolve 3e-5."""
@@ -94,6 +101,7 @@ class Pairs:
     """How pairs are measured.
 
     libs: arm -> imported package, of `ARMS`. exact: compare results, memory and launches too.
+    precision: standard error of a ratio above which more rounds are taken; None takes no more.
     plant: slows the second revision and its copy. arms, draws: what makes the calls and tensors of
     a case.
     """
@@ -102,6 +110,7 @@ class Pairs:
     device: torch.device
     clock: Clock
     effort: Effort = field(default_factory=Effort)
+    precision: float | None = None
     seed: int = 0
     exact: bool = True
     plant: Plant | None = None
@@ -180,6 +189,9 @@ class Pairs:
         rounds += rounds % 2
         slowest = max(host.values())
         found = self.clock.samples(list(calls.values()), rounds, [slowest] * len(calls))
+        if more := more_rounds(found, self.precision):
+            added = self.clock.samples(list(calls.values()), more, [slowest] * len(calls))
+            found = [[*some, *others] for some, others in zip(found, added, strict=True)]
         samples = {
             name: tuple(round(value / _UNIT) * _UNIT for value in values)
             for name, values in zip(calls, found, strict=True)
@@ -199,6 +211,19 @@ class Pairs:
         samples, _ = self._samples(calls)
         medians = {name: float(torch.tensor(found).median()) for name, found in samples.items()}
         return peer_figures.too_slow(gpu, case.name, medians)
+
+
+def more_rounds(samples: Sequence[Sequence[float]], precision: float | None) -> int:
+    """How many rounds more, an even number, bring the standard error of every ratio to the first
+    arm down to `precision`. Only what rounds differ by counts, not by how much one arm is slower.
+    """
+    if precision is None or len(samples) < 2:
+        return 0
+    rounds = len(samples[0])
+    error = max(log_ratio_error(samples[0], other) for other in samples[1:])
+    wanted = min(math.ceil(rounds * (error / precision) ** 2), _MORE * rounds)
+    more = max(wanted - rounds, 0)
+    return more + more % 2
 
 
 class _WrongError(Exception):

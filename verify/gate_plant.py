@@ -17,6 +17,7 @@ import torch
 from .timing import Call, Clock
 
 _ROUNDS = 20
+_WAKE_MS = 300.0
 _LAUNCH_FILE = "_launch.py"
 
 
@@ -41,6 +42,15 @@ class Plant:
         return {name: _followed(call, wait) for name, call in calls.items()}
 
 
+def _wake(clock: Clock, call: Call) -> None:
+    """Run a call until the clock of an idle GPU has risen: cycles are counted in time."""
+    spent = 0.0
+    for _ in range(10_000):
+        spent += clock.once(call)
+        if spent >= _WAKE_MS:
+            return
+
+
 def _followed(call: Call, wait: Call) -> Call:
     def both() -> object:
         found = call()
@@ -55,18 +65,20 @@ def busy_wait(
 ) -> Callable[[float], Call]:
     """Makes calls that keep the device busy for so many milliseconds, by the clock.
 
-    spin: keeps the current device busy for so many cycles; a call of it takes more than its cycles,
-    which is counted, so that waits shorter than one call are longer than they should be.
+    spin: keeps the current device busy for so many cycles. What a call of it adds beyond them to
+    work before it is counted, so that waits shorter than that are longer than they should be.
     """
 
     def spinning(cycles: int) -> Call:
         return lambda: spin(cycles)
 
     few, many = 20_000, 220_000
-    found = clock.samples([spinning(few), spinning(many)], _ROUNDS, [0.05, 0.05])
-    short, long = (statistics.median(samples) for samples in found)
+    _wake(clock, spinning(many))
+    calls = [spinning(few), _followed(spinning(few), spinning(few)), spinning(many)]
+    found = clock.samples(calls, _ROUNDS, [0.05] * len(calls))
+    short, twice, long = (statistics.median(samples) for samples in found)
     per_ms = (many - few) / (long - short)
-    overhead = max(short - few / per_ms, 0.0)
+    overhead = max(twice - short - few / per_ms, 0.0)
     return lambda milliseconds: spinning(max(int((milliseconds - overhead) * per_ms), 1))
 
 

@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .bench_cases import BenchCase
 from .gate_measure import Visit, case_to_text
 from .revision import checkout
+
+READY = "ready"
+"""The line of a process that is about to measure its first case."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TAIL = 400
@@ -32,23 +36,33 @@ class Trees:
     seed: int = 0
     plant: float = 0.0
 
+    def different(self) -> tuple[Path, ...]:
+        """The directories whose kernels are to be compiled."""
+        return tuple({digest(tree): tree for tree in (self.base, self.head)}.values())
+
     def visit(
         self, cases: Sequence[BenchCase], process: int, seconds: float | None
     ) -> Iterator[Visit]:
-        """Measure cases in a fresh process; another one follows where it dies."""
+        """Measure cases in a fresh process; another one follows where it dies over a case.
+
+        seconds: for all processes together.
+        """
         waiting = list(cases)
+        end = None if seconds is None else time.monotonic() + seconds
         while waiting:
-            stopped = True
-            for visit in self._one(waiting, process, seconds):
-                waiting = [case for case in waiting if case.name != visit.name]
-                stopped = not visit.reason.startswith(_DIED)
-                yield visit
-            if stopped:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0 and len(waiting) < len(cases):
+                return
+            seen: set[str] = set()
+            died = yield from self._one(waiting, process, left, seen)
+            waiting = [case for case in waiting if case.name not in seen]
+            if not died:
                 return
 
     def _one(
-        self, cases: Sequence[BenchCase], process: int, seconds: float | None
-    ) -> Iterator[Visit]:
+        self, cases: Sequence[BenchCase], process: int, seconds: float | None, seen: set[str]
+    ) -> Generator[Visit, None, bool]:
+        """One process; whether it died. seen: is told the names of the visits."""
         words = [sys.executable, "-m", "verify.gate_worker", "--base", str(self.base)]
         words += ["--head", str(self.head), "--device", self.device, "--process", str(process)]
         words += ["--seed", str(self.seed), "--plant", str(self.plant)]
@@ -68,19 +82,24 @@ class Trees:
         errors: list[str] = []
         listener = threading.Thread(target=_listen, args=(started, errors), daemon=True)
         listener.start()
-        end = threading.Timer(_PATIENCE + (seconds or 3600.0), started.kill)
+        end = threading.Timer(
+            _PATIENCE + (3600.0 if seconds is None else max(seconds, 0.0)), started.kill
+        )
         end.daemon = True
         end.start()
-        reported = 0
+        ready, failed = False, ""
         try:
             # A worker that died already is reported below.
             with contextlib.suppress(BrokenPipeError):
                 started.stdin.write("".join(f"{case_to_text(case)}\n" for case in cases))
                 started.stdin.close()
             for line in started.stdout:
+                ready = ready or line.strip() == READY
                 if line.startswith("{"):
-                    reported += 1
-                    yield Visit.from_json(json.loads(line))
+                    visit = Visit.from_json(json.loads(line))
+                    seen.add(visit.name)
+                    failed = visit.reason
+                    yield visit
             status = started.wait()
             listener.join()
         finally:
@@ -88,13 +107,19 @@ class Trees:
             if started.poll() is None:
                 started.kill()
                 started.wait()
-        if status and reported < len(cases):
-            tail = " ".join("".join(errors).split())[-_TAIL:]
-            text = f"{_DIED} with status {status}: {tail}"
-            yield Visit(name=cases[reported].name, process=process, reason=text)
-
-
-_DIED = "the process ended"
+        missing = [case for case in cases if case.name not in seen]
+        if not status or not missing:
+            return False
+        tail = " ".join("".join(errors).split())[-_TAIL:]
+        # Before the first case it is the fault of none; after one that failed, of that one.
+        for case in missing if not ready else [] if failed else missing[:1]:
+            seen.add(case.name)
+            yield Visit(
+                name=case.name,
+                process=process,
+                reason=f"the process ended with status {status}: {tail}",
+            )
+        return True
 
 
 def _listen(started: "subprocess.Popen[str]", errors: list[str]) -> None:

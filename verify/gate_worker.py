@@ -1,6 +1,7 @@
 """One process of the gate: measures the cases it reads from its input, a line of JSON each.
 
-`python -m verify.gate_worker --base DIR --head DIR ...` prints one visit a line.
+`python -m verify.gate_worker --base DIR --head DIR ...` prints a line when it starts to
+measure and one visit a line from then on.
 """
 
 import argparse
@@ -28,8 +29,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--plant", type=float, default=0.0)
     arguments = parser.parse_args(words)
     device = torch.device(prepare_interpreter(arguments.device))
-    from .gate_measure import ARMS, EFFORTS, WARM_UP, Pairs, case_of_text
+    from .gate_measure import ARMS, EFFORTS, PRECISIONS, WARM_UP, Pairs, case_of_text
     from .gate_plant import planted_on
+    from .gate_process import READY
     from .revision import load
     from .timing import clock_of
 
@@ -41,12 +43,14 @@ def main(words: Sequence[str] | None = None) -> int:
         device=device,
         clock=clock,
         effort=EFFORTS[device.type],
+        precision=PRECISIONS[device.type],
         warm_up=WARM_UP[device.type],
         seed=arguments.seed,
         exact=arguments.process == 0 and plant is None,
         plant=plant,
     )
     cases = [case_of_text(line) for line in sys.stdin if line.strip()]
+    print(READY, flush=True)  # noqa: T201
     for visit in pairs.visits(_until(arguments.seconds, cases), arguments.process):
         print(json.dumps(visit.as_json()), flush=True)  # noqa: T201
     return 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .environment import gpu_directory_name
+from .gate_cases import suite
 from .records import SCHEMA, fingerprints, selection_of, summary_of
 from .run import Outcome, Selection, dtype_name
 from .spec import KernelSpec
@@ -217,10 +218,26 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     """State and reason of a record of another command."""
     if record["summary"].get("complete") is False:
         return "incomplete", "the run was interrupted"
-    if record["command"] == "gate" and record["summary"].get("regression"):
-        return "failed", f"{record['summary']['regression']} benchmarks got slower"
+    if record["command"] in ("gate", "gate-samples") and (found := _judge_gate(record)):
+        return found
     stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
     return ("stale", stale) if stale else (GOOD, "")
+
+
+def _judge_gate(record: dict[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with a record of the gate, or of its samples."""
+    summary, whole = record["summary"], len(suite())
+    if record.get("plant"):
+        return "failed", f"a slowdown of {record['plant']:g}% was planted in it"
+    if summary.get("benchmarks", whole) < whole:
+        return "incomplete", f"{summary['benchmarks']} of {whole} benchmarks were selected"
+    if record["command"] == "gate-samples":
+        return None if record.get("rates") else ("incomplete", "it has no rates")
+    if summary.get("regression"):
+        return "failed", f"{summary['regression']} benchmarks got slower"
+    if doubts := summary.get("ambiguous", 0) + len(summary.get("invalid", ())):
+        return "incomplete", f"{doubts} doubts: benchmarks not decided, peers too slow"
+    return None
 
 
 def _outcomes(record: dict[str, Any]) -> list[Outcome]:

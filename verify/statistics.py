@@ -114,6 +114,18 @@ def log_ratio(base: Sequence[float], head: Sequence[float]) -> float:
     return float(np.median(blocks(base, head)))
 
 
+def log_ratio_error(base: Sequence[float], head: Sequence[float]) -> float:
+    """Standard error of `log_ratio`, from the quartiles of the blocks.
+
+    Raises:
+        ValueError: as `blocks`.
+    """
+    found = blocks(base, head)
+    low, high = np.quantile(found, (0.25, 0.75))
+    deviation = float(high - low) / (2 * _MEDIAN_OF_SIZE)
+    return deviation * _MEDIAN_EFFICIENCY / math.sqrt(len(found))
+
+
 def scales(nulls: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Standard deviation of the logarithmic ratio of one process, per benchmark.
 

@@ -240,8 +240,8 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels that a call runs on its GPU, copies and fills by the driver not counted; None on a
-    CPU.
+    """Kernels that a call runs on its GPU, without copies and fills by the driver and busy-waits;
+    None on a CPU.
     """
     if device.type != "cuda":
         return None
@@ -254,7 +254,12 @@ def launches(call: Call, device: torch.device) -> int | None:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    return sum(not name.startswith(("Memcpy", "Memset", "Activity")) for name in on_device)
+    return sum(map(is_kernel, on_device))
+
+
+def is_kernel(name: str) -> bool:
+    """Whether what a profiler saw on the device is a kernel that does work."""
+    return not name.startswith(("Memcpy", "Memset", "Activity")) and "::spin_kernel(" not in name
 
 
 def replay_of(call: Callable[[], Sequence[torch.Tensor]]) -> tuple[Call, bool]:

@@ -78,7 +78,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the gate; 1 a regression, 2 ambiguous or unmeasured, 0 neither."""
+    """Run the gate; 1 a regression, 2 ambiguous or unmeasured, 0 neither.
+
+    With --calibrate: 0 where every benchmark is in the rates and they are those that are promised,
+    1 where they are not, 2 where something was not measured.
+    """
     if arguments.rates:
         return _print_rates(arguments)
     if arguments.write_slow_tree:
@@ -87,8 +91,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.list:
         Console().print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
-    if bool(arguments.against) == arguments.calibrate and not arguments.plant:
+    chosen = bool(arguments.against) + arguments.calibrate
+    if chosen > 1 or not (chosen or arguments.plant):
         raise SystemExit("gate needs --against REV-or-directory, or --calibrate")
+    if arguments.calibrate and arguments.plant:
+        raise SystemExit("--calibrate compares equal revisions: nothing can be planted in one")
     device = prepare(arguments.device)
     from ..gate import EXACT, exit_status
 
@@ -98,8 +105,19 @@ def main(arguments: argparse.Namespace) -> int:
         record = _run(arguments, cases, trees, device)
     print_gate(Console(width=200), record)
     if arguments.calibrate:
-        return int(record["rates"] is None) * 2
+        return calibrated(record)
     return exit_status(record["summary"])
+
+
+def calibrated(record: dict[str, Any]) -> int:
+    """The exit status of a calibration."""
+    from ..statistics import Rule
+
+    rates, rule = record["rates"], Rule()
+    if rates is None or rates["benchmarks"] < record["summary"]["benchmarks"]:
+        return 2
+    kept = rates["false_alarm_rate_at_most"] <= rule.false_alarms and rates["power"] >= rule.power
+    return int(not kept)
 
 
 def selected(arguments: argparse.Namespace, *, gpu: bool) -> tuple[Any, ...]:
@@ -204,7 +222,7 @@ def _ahead(progress: Progress, cases: tuple[Any, ...], trees: Any, device: torch
     from ..bench_ahead import compile_ahead
 
     task = progress.add_task("compiling ahead", total=None)
-    for tree in dict.fromkeys((trees.head, trees.base)):
+    for tree in trees.different():
         for name, _, error in compile_ahead(cases, device, tree=tree):
             progress.update(task, description=f"compiled ahead: {name}", advance=1)
             if error:
