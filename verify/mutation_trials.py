@@ -150,6 +150,10 @@ class RightRoutings(Workbench):
         return Prepared(value=kind(**given), guards=right.guards, copies=right.copies)
 
 
+class SpoiledError(Exception):
+    """The unchanged package fails a check too: a mutant has written into what a process keeps."""
+
+
 class Bench:
     """Tries mutants on one device."""
 
@@ -167,10 +171,21 @@ class Bench:
             revision.unload(MUTANT)
             return Verdict(id=task.id, status="invalid", reason=f"{type(error).__name__}: {error}")
         try:
-            verdict = self._search(lib, task)
+            verdict = self._judged(lib, task)
         finally:
             revision.unload(MUTANT)
         return Verdict(**{**_as_dict(verdict), "seconds": round(time.monotonic() - start, 3)})
+
+    def _judged(self, lib: ModuleType, task: Task) -> Verdict:
+        """The verdict; found again with nothing kept where what was kept is spoiled."""
+        try:
+            return self._search(lib, task)
+        except SpoiledError:
+            self._known = Known(alive=self._known.alive)
+        try:
+            return self._search(lib, task)
+        except SpoiledError as error:
+            return Verdict(id=task.id, status="survived", reason=str(error))
 
     def _search(self, lib: ModuleType, task: Task) -> Verdict:
         shared = Workbench() if task.routes else RightRoutings(self._right, self._known)
@@ -184,7 +199,9 @@ class Bench:
             trial = self._trial(lib, spec, case, dtype, mode, shared)
             for outcome in trial.check(_wanting(paths)):
                 checks += outcome.status != "unavailable"
-                if outcome.status == "failed" and self._right_passes(trial, outcome):
+                if outcome.status == "failed":
+                    if not self._right_passes(trial, outcome):
+                        raise SpoiledError(f"the unchanged package fails too: {outcome}")
                     return Verdict(
                         id=task.id, status="killed", killed_by=in_words(outcome), checks=checks
                     )

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--per-kernel", type=int, default=_FAST_PER_KERNEL, metavar="N")
     parser.add_argument(
-        "--checks", type=int, default=None, metavar="N", help="give up on a mutant after N checks"
+        "--checks", type=int, metavar="N", help="give up on a generated mutant after N checks"
     )
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
                     write(complete=False)
 
             try_all(
-                [candidate.task(_limit(arguments)) for candidate in open_ones],
+                [c.task(0 if c.by_hand else _limit(arguments)) for c in open_ones],
                 jobs=arguments.jobs or os.cpu_count() or 1,
                 device=str(device),
                 seconds=_SECONDS[device.type],
