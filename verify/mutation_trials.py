@@ -302,7 +302,7 @@ def in_words(outcome: Outcome) -> dict[str, Any]:
 def trials(
     checks: tuple[str, ...],
 ) -> Iterator[tuple[KernelSpec, tuple[str, ...], Any, torch.dtype, str]]:
-    """Every quick run of the named checks, in the order in which mutants are likely to be found."""
+    """Every quick run of the named checks, and one of each case without; likely ones first."""
     paths = paths_of(checks)
     found = []
     for place, (name, wanted) in enumerate(paths.items()):
@@ -312,7 +312,9 @@ def trials(
                 continue
             likely = _LIKELY.index(case.name) if case.name in _LIKELY else len(_LIKELY)
             size = case.rows * case.k_in * case.n_out
-            for turn, (dtype, mode) in enumerate(spec.quick_runs(case)):
+            # Of pipelines the quick selection takes only some cases; here each has one run.
+            runs = spec.quick_runs(case) or spec.runs(case)[:1]
+            for turn, (dtype, mode) in enumerate(runs):
                 later = likely == len(_LIKELY)
                 order = (turn + 2 * later, likely, place, size, case.name, dtype_name(dtype), mode)
                 found.append((order, (spec, wanted, case, dtype, mode)))
