@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .common import add_common, check_names, prepare, source_directory
 
-_FAST_PER_KERNEL = 3
+_FAST_PER_KERNEL = 0
 _FAST_CHECKS = 30
 _SECONDS = {"cpu": 30.0, "cuda": 120.0}
 _INTERVAL = 10.0
@@ -29,13 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument(
         "--fast",
         action="store_true",
-        help="those made by hand and a seeded sample of each kernel (default)",
+        help="those made by hand, and of each function --per-kernel others (default)",
     )
     depth.add_argument("--full", action="store_true", help="every mutant")
     parser.add_argument(
         "--kernels", type=_words, default=(), metavar="A,B", help="functions, or specs by name"
     )
-    parser.add_argument("--per-kernel", type=int, default=_FAST_PER_KERNEL, metavar="N")
+    parser.add_argument(
+        "--per-kernel", type=int, default=_FAST_PER_KERNEL, metavar="N", help="seeded sample"
+    )
     parser.add_argument(
         "--checks", type=int, metavar="N", help="give up on a generated mutant after N checks"
     )
