@@ -19,18 +19,7 @@ from verify.train_models import Run, Settings, batches, standard_library, traine
 pytestmark = pytest.mark.hf
 
 CPU = torch.device("cpu")
-SMALL = Settings(
-    steps=3,
-    distinct=2,
-    layers=1,
-    hidden=64,
-    intermediate=64,
-    experts=4,
-    batch=1,
-    length=16,
-    learning_rate=2e-2,
-    dtype="float32",
-)
+SMALL = replace(Settings.of(CPU, 3), distinct=2, layers=1)
 
 
 def draws(count, seed, *, size=1.0):

@@ -69,7 +69,7 @@ _PLANNED: tuple[tuple[str, str, Shape], ...] = (
     ("lora_weight_grad", "recompute", QWEN3),
     ("expert_weight_grad", "gram", QWEN3),
 )
-_PLAIN = (
+PLAIN = (
     "routing",
     "group",
     "combine",
@@ -113,7 +113,7 @@ def jobs(architectures: Iterable[int], *, full: bool) -> Iterator[Job]:
     for number in architectures:
         for operation, path, shape in _PLANNED:
             yield Job(architecture=number, operation=operation, path=path, shape=shape)
-        for operation in _PLAIN:
+        for operation in PLAIN:
             yield Job(architecture=number, operation=operation, path="default", shape=QWEN3)
         if full:
             yield from _every_plan(lib, ARCHITECTURES[number])

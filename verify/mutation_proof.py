@@ -23,7 +23,7 @@ from typing import Any
 
 from . import revision
 from .ahead import ARCHITECTURES, compiling
-from .compile_check import PACKAGE, QWEN3, Job, call
+from .compile_check import PACKAGE, PLAIN, QWEN3, Job, call
 
 _NAME = "proved_scattermoe_lora"
 _SMALL = replace(QWEN3, k=256, n=128, experts=16, top_k=2, tokens=512)
@@ -35,17 +35,6 @@ _PATHS = (
     ("lora_weight_grad", "gram"),
     ("lora_weight_grad", "recompute"),
     ("expert_weight_grad", "gram"),
-)
-_PLAIN = (
-    "routing",
-    "group",
-    "combine",
-    "combine_grad",
-    "expert_bias_grad",
-    "glu_forward",
-    "glu_backward",
-    "dequantize_four_bit",
-    "dequantize_scaled",
 )
 _FAILS = "tl.static_assert(False)"
 
@@ -72,7 +61,7 @@ def _launches() -> list[tuple[Job, bool]]:
     ]
     plain = [
         (Job(architecture=90, operation=operation, path="default", shape=shape), False)
-        for operation, shape in itertools.product(_PLAIN, shapes)
+        for operation, shape in itertools.product(PLAIN, shapes)
     ]
     return planned + plain
 
