@@ -12,7 +12,9 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
 import bitsandbytes
+import plain_layer
 import transformers
+from plain_layer import products  # noqa: F401
 from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,6 +90,7 @@ def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved):
     assert type(model.model.layers[0].self_attn.o_proj).__name__ == "Linear4bit"
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize("linears", [False, True], ids=["experts", "all"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
@@ -102,6 +105,7 @@ def test_saving_and_loading_keeps_every_bit(family, nested, linears, saved, tmp_
     same_state(model.state_dict(), loaded(tmp_path / "again").state_dict())
 
 
+@pytest.mark.correctness
 def test_packing_a_loaded_model_equals_packing_while_loading(saved, tmp_path):
     model, path = saved("qwen3_moe")
     report = packing.quantize_experts(model)
@@ -160,6 +164,7 @@ def many_experts(**settings):
     )
 
 
+@pytest.mark.correctness
 def test_packing_needs_no_more_than_one_dense_stack(monkeypatch):
     model, stack = many_experts()
     monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", stack // 64)
@@ -172,6 +177,7 @@ def test_packing_needs_no_more_than_one_dense_stack(monkeypatch):
     assert packed <= peak.peak <= packed + stack
 
 
+@pytest.mark.correctness
 def test_loading_holds_one_stack_and_what_transformers_makes_it_of(tmp_path):
     model, stack = many_experts()
     model.save_pretrained(tmp_path)
@@ -198,6 +204,7 @@ def test_loading_onto_a_device_holds_one_dense_stack_there(tmp_path, device):
     assert {value.device.type for value in model.parameters()} == {"cuda"}
 
 
+@pytest.mark.correctness
 def test_one_device_unless_a_framework_places_parameters():
     device = torch.device("cuda", 3)
     for asked in (None, "auto"):
@@ -215,6 +222,7 @@ def states(model):
     ]
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 def test_packed_experts_move_with_the_model(nested):
     # The meta device stands for another one: `Module.to` moves bytes and leaves bitsandbytes'
@@ -251,6 +259,7 @@ def test_experts_packed_on_the_cpu_run_on_a_gpu(device):
     assert step < 0.1
 
 
+@pytest.mark.correctness
 def test_a_base_kept_elsewhere_comes_back_to_where_the_model_is():
     model = hf_models.tiny_model("olmoe")
     packing.quantize_experts(model)
@@ -263,9 +272,21 @@ def test_a_base_kept_elsewhere_comes_back_to_where_the_model_is():
         assert parametrised(experts, name)[0].device.type == "meta"
 
 
-@pytest.mark.correctness
-@pytest.mark.parametrize("family", hf_models.FAMILIES)
-def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family):
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        *(
+            pytest.param(family, "references", marks=pytest.mark.correctness)
+            for family in hf_models.FAMILIES
+        ),
+        pytest.param("qwen3_moe", "kernels", marks=pytest.mark.correctness),
+        pytest.param("gpt_oss", "kernels", marks=pytest.mark.correctness),
+        *((f, "kernels") for f in hf_models.FAMILIES if f not in ("qwen3_moe", "gpt_oss")),
+    ],
+)
+def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family, place, monkeypatch):
+    if place == "references":
+        plain_layer.install(monkeypatch)
     # PEFT itself is wrong on packed experts since 0.19.1, so it judges on the decoded ones.
     model = hf_models.tiny_model(family)
     dense = copy.deepcopy(model)
@@ -309,6 +330,7 @@ def read_by_peft(model, path):
         pytest.skip(f"this PEFT cannot load adapters with this transformers: {error}")
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize("read", [read_by_us, read_by_peft])
 def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(read, tmp_path):
     model = hf_models.tiny_model("olmoe")
@@ -326,6 +348,7 @@ def test_an_adapter_trained_on_packed_experts_loads_on_dense_ones(read, tmp_path
         assert torch.equal(wrapper.lora_B["default"].weight, other.lora_B["default"].weight)
 
 
+@pytest.mark.correctness
 def test_a_short_target_finds_packed_experts(tmp_path):
     model = adapted(hf_models.tiny_model("olmoe"), targets=["experts.down_proj"])
     ours(model).save_pretrained(tmp_path)
@@ -338,6 +361,7 @@ def test_a_short_target_finds_packed_experts(tmp_path):
     assert report.trainable > 0
 
 
+@pytest.mark.correctness
 def test_another_implementation_on_packed_experts_is_refused():
     model = hf_models.tiny_model("olmoe")
     packing.quantize_experts(model)
@@ -347,6 +371,7 @@ def test_another_implementation_on_packed_experts_is_refused():
         model(input_ids=hf_models.tokens())
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_merging_into_packed_experts(family, nested, tmp_path):
@@ -402,6 +427,7 @@ class Carrier:
         return torch.empty(self.values.shape, dtype=self.dtype)
 
 
+@pytest.mark.usefixtures("products")
 def test_the_fine_tuners_example(saved, tmp_path):
     from peft import LoraConfig
 

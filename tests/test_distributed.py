@@ -100,6 +100,7 @@ def test_ddp_equals_one_process(outcomes):
     judge(results_of(outcomes, "replicated"))
 
 
+@pytest.mark.correctness
 def test_experts_are_divided_in_order():
     shards = [owned_experts(8, rank=rank, ranks=4) for rank in range(4)]
     assert [shard.first for shard in shards] == [0, 2, 4, 6]

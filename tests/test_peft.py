@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from plain_layer import products  # noqa: F401
 
 import scattermoe_lora.integrations.transformers as layer
 from scattermoe_lora.integrations import peft as adapters
@@ -59,6 +60,7 @@ def test_factored_adapters_equal_pefts_sum(family):
     hf_models.assert_as_good(hf_models.step(ours(model), ids), plain, truth)
 
 
+@pytest.mark.usefixtures("products")
 def test_layouts_are_told_apart_on_a_square_projection():
     # Read the other way round, olmoe's square gate_up gives no error, only other numbers.
     model = adapted(hf_models.tiny_model("olmoe"))
@@ -84,6 +86,7 @@ def wrappers(model, parameter=None):
     ]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 def test_either_projection_alone(parameter):
     model = hf_models.tiny_model("qwen3_moe")
@@ -95,6 +98,7 @@ def test_either_projection_alone(parameter):
     hf_models.assert_as_good(hf_models.step(ours(model), ids), plain, truth)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -144,6 +148,7 @@ def dense_delta(wrapper, name, *, dtype=torch.float64):
     return scaling * torch.einsum(f"ore,eri->{'eoi' if swapped else 'eio'}", b, a)
 
 
+@pytest.mark.usefixtures("products")
 def test_the_active_adapters_are_summed():
     # PEFT's own sum of two adapters differs between versions, so it is written out here.
     model = two_adapters(ours(adapted(hf_models.tiny_model("qwen3_moe"))))
@@ -163,7 +168,7 @@ def test_the_active_adapters_are_summed():
         assert set(wrapper.lora_A) == {"default", "second"}
 
 
-@pytest.mark.correctness
+@pytest.mark.usefixtures("products")
 def test_a_disabled_adapter_is_no_adapter():
     base = hf_models.tiny_model("qwen3_moe")
     model = ours(adapted(copy.deepcopy(base)))
@@ -213,6 +218,7 @@ def merged_by_hand(weight, wrapper):
     return result
 
 
+@pytest.mark.correctness
 def test_a_second_merge_starts_from_the_base():
     model = two_adapters(ours(adapted(hf_models.tiny_model("olmoe", dtype=torch.bfloat16))))
     adapters.attach(model)
@@ -226,6 +232,7 @@ def test_a_second_merge_starts_from_the_base():
         assert torch.equal(one, other)
 
 
+@pytest.mark.usefixtures("products")
 def test_unloading_leaves_merged_experts_without_wrappers():
     model = ours(adapted(hf_models.tiny_model("qwen3_moe")))
     ids = hf_models.tokens()
@@ -236,6 +243,7 @@ def test_unloading_leaves_merged_experts_without_wrappers():
     assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model = ours(adapted(hf_models.tiny_model("qwen3_moe"))).train()
@@ -249,6 +257,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.correctness
 def test_coverage_counts_what_is_trained():
     model = hf_models.tiny_model("qwen3_moe")
     model = adapted(model, targets=["mlp.experts.down_proj"])
@@ -260,6 +269,7 @@ def test_coverage_counts_what_is_trained():
     assert adapters.attach(model) == report
 
 
+@pytest.mark.correctness
 def test_what_is_not_right_is_refused():
     model = hf_models.tiny_model("qwen3_moe")
     ids = hf_models.tokens()
@@ -289,6 +299,7 @@ def test_what_is_not_right_is_refused():
         adapters.detach(model)
 
 
+@pytest.mark.correctness
 def test_detaching_gives_everything_back():
     model = adapted(hf_models.tiny_model("qwen3_moe"))
     before = list(model.state_dict())
@@ -300,6 +311,7 @@ def test_detaching_gives_everything_back():
     assert list(attached.state_dict()) == before
 
 
+@pytest.mark.usefixtures("products")
 def test_checkpoints_are_pefts(tmp_path):
     from peft import PeftModel
 
@@ -314,6 +326,7 @@ def test_checkpoints_are_pefts(tmp_path):
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_a_checkpoint_in_the_layout_of_another_version_loads(family, tmp_path):
     from safetensors.torch import load_file, save_file

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from scattermoe_lora.integrations.profiler import ProfilerCallback
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.correctness, pytest.mark.hf]
 
 
 class Model(torch.nn.Module):

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from plain_layer import products  # noqa: F401
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -113,6 +114,7 @@ def judge(module, x, index, weights):
     return got
 
 
+@pytest.mark.correctness
 def test_registering_adds_one_name():
     before = dict(ALL_EXPERTS_FUNCTIONS)
     assert before[layer.KEY] is layer.experts_forward
@@ -127,6 +129,7 @@ def test_every_layout_equals_eager(flags):
     judge(experts_module(**flags), *operands())
 
 
+@pytest.mark.usefixtures("products")
 def test_an_activation_that_is_not_fused_runs_as_it_is():
     def mish(x):
         return nn.functional.mish(x)
@@ -136,6 +139,7 @@ def test_an_activation_that_is_not_fused_runs_as_it_is():
     judge(module, *operands())
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
 def test_every_family_equals_eager(family):
     model, ids = hf_models.tiny_model(family), hf_models.tokens()
@@ -146,11 +150,12 @@ def test_every_family_equals_eager(family):
     hf_models.assert_as_good({"logits": got}, {"logits": plain}, {"logits": truth})
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [pytest.param(0, marks=pytest.mark.correctness), 1, 2])
 def test_decode_sized_inputs(tokens):
     judge(experts_module(), *operands(tokens))
 
 
+@pytest.mark.usefixtures("products")
 def test_generating_gives_the_tokens_of_eager():
     model, ids = hf_models.tiny_model("qwen3_moe"), hf_models.tokens(batch=1, length=3)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -159,6 +164,7 @@ def test_generating_gives_the_tokens_of_eager():
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@pytest.mark.usefixtures("products")
 def test_weights_of_the_router_are_used_as_they_are():
     module, (x, index, weights) = experts_module(), operands()
     weights[0] = 0.0
@@ -169,6 +175,7 @@ def test_weights_of_the_router_are_used_as_they_are():
     assert not got["x"][0].any()
 
 
+@pytest.mark.usefixtures("products")
 def test_weights_of_the_router_are_not_rounded_to_the_dtype_of_the_experts():
     module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
     third = torch.full_like(weights, 1 / 3)
@@ -190,6 +197,7 @@ def test_sentinels_are_dropped():
     assert got["weights"][5, 0] == 0
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("outside", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_either_way(outside, inside):
@@ -206,6 +214,7 @@ def test_autocast_either_way(outside, inside):
     assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures("products")
 def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts():
     module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
     out = module(x, index, weights)
@@ -213,6 +222,7 @@ def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts():
     assert torch.equal(out, module(x.bfloat16(), index, weights).float())
 
 
+@pytest.mark.correctness
 def test_a_norm_after_each_expert_is_refused():
     module = experts_module()
     module.has_post_expert_norm = True
@@ -222,6 +232,7 @@ def test_a_norm_after_each_expert_is_refused():
         module(*operands())
 
 
+@pytest.mark.correctness
 def test_an_undecorated_class_is_refused():
     class Llama4TextExperts(nn.Module):
         def __init__(self):
@@ -258,6 +269,7 @@ def test_a_clamped_gate_is_recognised_by_what_it_computes(limit, alpha, shift):
     assert found == Activation(alpha=alpha, shift=shift, limit=limit)
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize(
     "module",
     [
@@ -272,6 +284,7 @@ def test_a_gate_that_differs_is_not_recognised(module):
     assert _activation.fused_activation(module) is None
 
 
+@pytest.mark.correctness
 def test_common_gates_are_fused():
     assert _activation.fused_activation(experts_module()) == Activation()
     families = {family: hf_models.tiny_model(family) for family in ("gpt_oss", "gemma4")}
@@ -284,6 +297,7 @@ def test_common_gates_are_fused():
     assert math.isinf(found["gemma4"].limit)
 
 
+@pytest.mark.correctness
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
 def test_sizes_come_from_the_live_model_and_from_its_configuration_alike(family):
     model = hf_models.tiny_model(family)
@@ -299,6 +313,7 @@ def test_sizes_come_from_the_live_model_and_from_its_configuration_alike(family)
     assert model_types.moe_shape(model.config) == shape
 
 
+@pytest.mark.correctness
 def test_every_family_of_transformers_states_its_sizes():
     import transformers
 
@@ -326,6 +341,7 @@ def test_every_family_of_transformers_states_its_sizes():
         model_types.moe_shape(config)
 
 
+@pytest.mark.correctness
 def test_the_text_type_comes_before_the_outer_type():
     import transformers
 
