@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from verify import environment
+from verify.cli import COMMANDS
 
 pytestmark = pytest.mark.correctness
 
@@ -54,6 +55,17 @@ def test_the_choice_is_made_before_triton_is_imported():
         "print(os.environ['TRITON_INTERPRET'])"
     )
     assert ran.stdout.strip() == "1", ran.stderr
+
+
+def test_commands_leave_triton_to_the_choice_of_the_device():
+    ran = run(
+        "import importlib, sys; from verify.cli import COMMANDS\n"
+        "for name in COMMANDS:\n"
+        "    importlib.import_module(f'verify.commands.{name}')\n"
+        "    assert 'triton' not in sys.modules, name\n"
+        "print(len(COMMANDS))"
+    )
+    assert ran.stdout.split() == [str(len(COMMANDS))], ran.stderr
 
 
 def test_a_choice_that_comes_too_late_is_refused():

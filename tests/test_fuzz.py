@@ -18,18 +18,28 @@ import torch
 import scattermoe_lora
 from verify import journal
 from verify.cases import EDGES, SMOKE
-from verify.coverage import Coverage, boundaries, features, tails
+from verify.coverage import (
+    Coverage,
+    boundaries,
+    enough_to_reach_all,
+    features,
+    missing_paths,
+    tails,
+)
 from verify.drawing import INTERPRETER, Drawing, form_of, limits_of, memory_of
 from verify.draws import Draw, decoded, encoded
 from verify.findings import read, signature
 from verify.fuzz import Campaign, Settings
 from verify.fuzz_worker import is_fixed, plan_pool
 from verify.records import plain
+from verify.report import never_run
 from verify.routings import RoutingKind
+from verify.run import Outcome, Problem
 from verify.shrink import Shrinking, possible, shrink
+from verify.spec import NamedPlan
 from verify.specs import KERNELS
 from verify.specs.glu import GLU_FORWARD
-from verify.specs.linear import SCATTER2SCATTER
+from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -173,6 +183,49 @@ def test_coverage_knows_what_is_new():
     ):
         assert coverage.add(features(changed, None, index))
     assert coverage.by_path()["scatter2scatter [tiles]"]["launches"] == 6
+    assert coverage.paths == {"scatter2scatter [tiles]"}
+
+
+@pytest.mark.correctness
+def test_every_path_that_can_be_run_is_soon_reached():
+    kernels = {spec.name: spec for spec in (SCATTER2SCATTER, LORA_FORWARD)}
+    pools = {name: plan_pool(scattermoe_lora, spec, CPU) for name, spec in kernels.items()}
+    drawing = Drawing(
+        kernels=kernels, pools=pools, fixed=frozenset(), limits=INTERPRETER, random=random.Random(5)
+    )
+    coverage, index, launches = Coverage(), torch.tensor([[0, 1]]), 0
+    while unreached := missing_paths(pools, coverage.paths):
+        assert not enough_to_reach_all(launches, len(coverage.paths) + len(unreached))
+        coverage.add(features(drawing.fresh(unreached), None, index))
+        launches += 1
+    assert {"lora_forward [fused]", "lora_forward [split]"} < coverage.paths
+
+
+@pytest.mark.correctness
+def test_a_path_that_is_never_run_is_told():
+    def outcome(path: str, status: str) -> Outcome:
+        plan = NamedPlan(path=path, plan=None)
+        problem = Problem(
+            lib=scattermoe_lora,
+            spec=SCATTER2SCATTER,
+            case=SMOKE[0],
+            dtype=torch.float32,
+            mode="balanced",
+            device=CPU,
+        )
+        return problem.outcome(plan, status=status, reason="no tensor cores")
+
+    outcomes = [
+        outcome(path, status)
+        for path, status in (
+            ("tiles", "unavailable"),
+            ("tiles", "passed"),
+            ("other", "unavailable"),
+            ("other", "unavailable"),
+        )
+    ]
+    assert never_run(outcomes) == {"scatter2scatter [other]": "no tensor cores"}
+    assert not never_run(outcomes[:2])
 
 
 # Shrinking

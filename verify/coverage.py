@@ -89,6 +89,11 @@ class Coverage:
         return new
 
     @property
+    def paths(self) -> set[str]:
+        """The paths launched so far, as "kernel [path]"."""
+        return {"{1} [{2}]".format(*feature.split("|")) for feature in self._seen}
+
+    @property
     def total(self) -> int:
         """How many different features were seen."""
         return len(self._seen)
@@ -123,3 +128,12 @@ def missing_paths(
         if not plan["unavailable"]
     }
     return sorted(wanted - set(seen))
+
+
+def enough_to_reach_all(launches: int, paths: int) -> bool:
+    """Whether a path that so many launches did not reach is one that cannot be reached.
+
+    Half of the fresh launches go to paths not reached yet, so a path that can be reached is
+    reached within a few times `paths` launches.
+    """
+    return launches >= 100 * paths

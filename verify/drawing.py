@@ -114,8 +114,12 @@ class Drawing:
     limits: Limits
     random: random.Random
 
-    def fresh(self) -> Draw:
-        """A launch drawn at random."""
+    def fresh(self, unreached: Sequence[str] = ()) -> Draw:
+        """A launch drawn at random; half of them of a path in `unreached`, "kernel [path]"."""
+        if unreached and self.random.random() < 0.5:
+            kernel, _, path = self.random.choice(unreached).rstrip("]").partition(" [")
+            spec = self.kernels[kernel]
+            return self._with_plan(spec, self._case(spec), path)
         spec = self.kernels[self.random.choice(sorted(self.kernels))]
         return self._with_plan(spec, self._case(spec))
 
@@ -182,9 +186,10 @@ class Drawing:
             return None
         return replace(draw, case=case, mode="balanced", stretch=True)
 
-    def _with_plan(self, spec: KernelSpec, case: Case | None) -> Draw:
+    def _with_plan(self, spec: KernelSpec, case: Case | None, path: str = "") -> Draw:
         case = case if case is not None else self._case(spec)
-        plan = self.random.choice([p for p in self.pools[spec.name] if not p["unavailable"]])
+        offered = [plan for plan in self.pools[spec.name] if not plan["unavailable"]]
+        plan = self.random.choice([p for p in offered if path in ("", p["path"])])
         modes = [mode for mode in spec.modes if mode != "exact" or case.k_in <= 2048]
         mode = "balanced" if self.random.random() < 0.6 else self.random.choice(modes)
         return Draw(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import findings as found
-from .coverage import Coverage
+from .coverage import Coverage, missing_paths
 from .drawing import Drawing, form_of, limits_of
 from .draws import Draw
 from .findings import Finding
@@ -257,7 +257,7 @@ class Campaign:
                 return self._drawing.resized(self._random.choice(list(self._forms.values())))
         if self._kept and chance > 0.4:
             return self._drawing.varied(self._random.choice(self._kept))
-        return self._drawing.fresh()
+        return self._drawing.fresh(missing_paths(self.pools, self.coverage.paths))
 
     def _may_compile(self) -> bool:
         """Whether a form that is not compiled yet may be tried: some workers always run compiled

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
-from triton.runtime import interpreter
 
 from .guards import Guards, Region
 
@@ -25,15 +24,19 @@ class Reads:
         self._known = -1
         self._edges = np.empty(0, dtype=np.uint64)
         self._names: list[str] = []
+        self._module: Any = None
         self._memory: Any = None
 
     def __enter__(self) -> Self:
-        self._memory = interpreter._interpreter
-        interpreter._interpreter = _Watched(self._memory, self._note)
+        # Imported here: whether Triton interprets is settled when it is first imported.
+        from triton.runtime import interpreter
+
+        self._module, self._memory = interpreter, interpreter._interpreter
+        self._module._interpreter = _Watched(self._memory, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        interpreter._interpreter = self._memory
+        self._module._interpreter = self._memory
 
     def problems(self) -> tuple[str, ...]:
         """Accesses outside the tensors, in words."""

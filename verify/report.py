@@ -1,6 +1,6 @@
 """Outcomes as text: one table, and one line per failure that a person can act on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from rich.console import Console
@@ -71,3 +71,16 @@ def print_report(
     passed = sum(outcome.status == "passed" for outcome in outcomes)
     verdict = f"{failed} failed" if failed else "all passed"
     console.print(f"{passed} checks passed, {verdict}, {seconds:.0f} s")
+
+
+def never_run(outcomes: Iterable[Outcome]) -> dict[str, str]:
+    """Paths of which every launch was unavailable, as "kernel [path]" -> the first reason."""
+    reasons: dict[str, str] = {}
+    run: set[str] = set()
+    for outcome in outcomes:
+        name = f"{outcome.kernel} [{outcome.path}]"
+        if outcome.status == "unavailable":
+            reasons.setdefault(name, outcome.reason)
+        else:
+            run.add(name)
+    return {name: reason for name, reason in reasons.items() if name not in run}

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..bench import Bench, Deadline, Entry
 from ..bench_ahead import compile_ahead
 from ..bench_cases import BUILT_IN, KINDS, ROUTINGS, BenchCase, Grid, targets
-from ..bench_records import BenchRecord
 from ..bench_report import print_benchmarks
 from ..peers import PEERS
 from ..timing import Effort, clock_of
@@ -74,6 +73,8 @@ def main(arguments: argparse.Namespace) -> int:
         Console().print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
     device = prepare(arguments.device)
+    from ..bench_records import BenchRecord
+
     console = Console(stderr=True)
     record = BenchRecord.start(
         arguments.json, cases, package=source_directory(), device=device, seed=arguments.seed

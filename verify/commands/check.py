@@ -6,7 +6,9 @@ import os
 import shlex
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -78,7 +80,7 @@ def _place(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the checks; 1 if any failed or could not be done."""
+    """Run the checks; 1 if any failed or could not be done, or a path was never run on a GPU."""
     device = prepare(arguments.device)
     from ..environment import environment
     from ..findings import write_failure
@@ -150,4 +152,18 @@ def main(arguments: argparse.Namespace) -> int:
     print_report(Console(), recorder.outcomes, seconds=seconds, replays=replays.commands)
     if not recorder.outcomes:
         raise SystemExit("nothing was selected")
-    return int(any(not outcome.ok for outcome in recorder.outcomes))
+    wrong = any(not outcome.ok for outcome in recorder.outcomes)
+    return int(_absent(selection, recorder.outcomes, device, console) or wrong)
+
+
+def _absent(
+    selection: Any, outcomes: Sequence[Any], device: torch.device, console: Console
+) -> bool:
+    """Whether a run on a GPU left a path out altogether, which is told."""
+    from ..report import never_run
+
+    narrowed = selection.cases or selection.dtypes or selection.modes or selection.paths
+    absent = {} if narrowed or device.type == "cpu" else never_run(outcomes)
+    for name, reason in absent.items():
+        console.print(f"{name} was never run: {reason}", style="red", markup=False)
+    return bool(absent)

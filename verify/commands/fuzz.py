@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
-from ..fuzz import Campaign, Settings
 from .common import _words, add_common, check_names, prepare, source_directory
 
 _FOREVER = 10.0**9
@@ -57,8 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run a campaign; 1 if there are findings."""
+    """Run a campaign; 1 if there are findings, or a long one did not reach every path."""
     device = prepare(arguments.device)
+    from ..coverage import enough_to_reach_all, missing_paths
+    from ..fuzz import Campaign
     from ..fuzz_summary import markdown, print_summary, progress, record
     from ..records import fingerprints, write_json
     from ..specs import KERNELS
@@ -96,11 +97,15 @@ def main(arguments: argparse.Namespace) -> int:
         (directory / "fuzz.md").write_text(markdown(values, directory))
     print_summary(Console(), campaign)
     wrong = [entry for entry in values.get("sanitized", ()) if entry["status"] != "passed"]
-    return int(bool(campaign.findings or wrong) or not campaign.counts.launches)
+    reached = campaign.coverage.paths
+    unreached = missing_paths(campaign.pools, reached)
+    launches = campaign.counts.launches
+    starved = unreached and enough_to_reach_all(launches, len(reached) + len(unreached))
+    return int(bool(campaign.findings or wrong or starved) or not launches)
 
 
 def _sanitized(
-    campaign: Campaign, count: int, device: torch.device, console: Console
+    campaign: Any, count: int, device: torch.device, console: Console
 ) -> list[dict[str, Any]]:
     """Outcomes under memcheck of so many of the kept launches."""
     from ..sanitize import EVERY_PLAN, Job, Sanitizer, tool_path, unavailable
@@ -121,8 +126,10 @@ def _sanitized(
     return [outcome.as_json() for outcome in outcomes]
 
 
-def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Settings]:
+def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Any]:
     """Of a new campaign, or those of the one to be resumed."""
+    from ..fuzz import Settings
+
     if arguments.resume is not None:
         file = arguments.resume / "campaign.json"
         if not file.is_file():
