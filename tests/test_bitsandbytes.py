@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import bitsandbytes
 import plain_layer
 import transformers
-from plain_layer import products  # noqa: F401
+from plain_layer import products, references  # noqa: F401
 from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -403,6 +403,26 @@ def test_merging_into_packed_experts(family, nested, tmp_path):
     assert after.keys() == state.keys()
     for name, value in after.items():
         assert torch.equal(bits(value), state[name]), name
+
+
+@pytest.mark.correctness
+@pytest.mark.usefixtures("references")
+def test_a_copy_is_merged_apart_from_its_original():
+    model = hf_models.tiny_model("olmoe")
+    packing.quantize_experts(model)
+    model = ours(adapted(model))
+    copied, ids = copy.deepcopy(model), hf_models.tokens()
+    expected = model(input_ids=ids).logits
+    adapters.merge(copied)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    for each in (model, copied):
+        for name in NAMES:
+            assert getattr(hf_models.experts_of(each)[0], name).shape[0] == hf_models.EXPERTS
+    adapters.merge(model)
+    assert torch.equal(model(input_ids=ids).logits, copied(input_ids=ids).logits)
+    for each in (model, copied):
+        adapters.unmerge(each)
+        assert torch.equal(each(input_ids=ids).logits, expected)
 
 
 def fp32_of(experts, name):

@@ -192,7 +192,13 @@ def sliced(packed: Parametrised, experts: slice) -> Parametrised:
 
 
 def remove(module: nn.Module, name: str) -> None:
-    """Take parametrisation and parameter off; the hooks that came with it do nothing then."""
+    """Take parametrisation and parameter off; the hooks that came with it do nothing then.
+
+    torch takes the property of the parameter off the class, which copies of a module share, so that
+    a copy would lose it too: the module gets a class of its own first.
+    """
+    kind = type(module)
+    module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     module._parameters.pop(name, None)
 
