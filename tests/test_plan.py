@@ -1,14 +1,16 @@
 """Plans: every fact that matters changes them, several always remain, tables are refused aloud."""
 
+import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import scattermoe_lora as sm
 from scattermoe_lora import plan_table
-from scattermoe_lora.plan import stage_bytes
+from scattermoe_lora.plan import INTERPRETER, PATHS, fit, stage_bytes, variations, with_path
 
 pytestmark = pytest.mark.correctness
 HOPPER = sm.Device(
@@ -107,3 +109,177 @@ def test_shipped_tables_are_fresh():
         )
         assert content["plans"]
         assert path.stem == plan_table.gpu_name(replace(HOPPER, name=content["gpu"]))
+
+
+SCATTER, SHRINK, FORWARD, INPUT_GRAD, WEIGHT_GRAD, FULL_GRAD = sm.Operation
+FULL = torch.float32
+MEASURED = [
+    # operation, rows per expert, other changes; block_m, block_n, block_k, warps, stages
+    (FORWARD, 1, {}, (16, 256, 64, 4, 4)),
+    (FORWARD, 64, {}, (64, 256, 64, 4, 4)),
+    (FORWARD, 128, {}, (128, 256, 64, 8, 4)),
+    (INPUT_GRAD, 1024, {}, (128, 256, 64, 8, 4)),
+    (SCATTER, 2048, {}, (128, 256, 64, 8, 3)),
+    (FORWARD, 1, {"n": 1}, (16, 16, 64, 4, 4)),
+    (FORWARD, 1, {"dtype": FULL}, (16, 64, 32, 4, 3)),
+    (FORWARD, 2048, {"dtype": FULL}, (64, 64, 32, 4, 3)),
+    (FORWARD, 2048, {"dtype": FULL, "n": 1}, (64, 16, 32, 4, 3)),
+    (SHRINK, 1, {}, (16, 16, 64, 4, 4)),
+    (SHRINK, 2048, {"rank": 256}, (64, 64, 64, 4, 4)),
+    (WEIGHT_GRAD, 128, {}, (32, 16, 128, 4, 2)),
+    (WEIGHT_GRAD, 256, {}, (128, 16, 128, 4, 2)),
+    (WEIGHT_GRAD, 256, {"rank": 256, "k": 1}, (128, 128, 16, 4, 2)),
+    (WEIGHT_GRAD, 256, {"dtype": FULL}, (32, 16, 64, 4, 2)),
+    (FULL_GRAD, 256, {"n": 1}, (64, 16, 128, 4, 3)),
+    (FULL_GRAD, 256, {"dtype": FULL}, (32, 64, 64, 4, 3)),
+]
+
+
+def numbers(tile):
+    return tile.block_m, tile.block_n, tile.block_k, tile.warps, tile.stages
+
+
+@pytest.mark.parametrize(("operation", "rows", "changes", "wanted"), MEASURED)
+def test_the_heuristic_takes_the_tiles_that_were_measured_to_be_best(
+    operation, rows, changes, wanted
+):
+    asked = problem(**{"operation": operation, "rows": rows * 128, **changes})
+    assert numbers(sm.choose(asked, HOPPER).tile) == wanted
+    assert numbers(sm.choose(asked._replace(rows=rows * 128 + 127), HOPPER).tile) == wanted
+
+
+@pytest.mark.parametrize(
+    ("operation", "rows", "wanted"),
+    [
+        (FORWARD, 1, (16, 128, 128, 4, 3)),
+        (FORWARD, 2048, (128, 128, 128, 4, 3)),
+        (SHRINK, 2048, (128, 16, 256, 4, 3)),
+        (WEIGHT_GRAD, 2048, (128, 16, 128, 4, 3)),
+        (FULL_GRAD, 1, (16, 128, 128, 4, 3)),
+    ],
+)
+def test_the_interpreter_gets_few_large_tiles(operation, rows, wanted):
+    asked = problem(operation=operation, rows=rows * 128)
+    chosen = sm.choose(asked, INTERPRETER)
+    assert numbers(chosen.tile) == wanted
+    small = sm.choose(asked._replace(k=1, n=1, rank=1), INTERPRETER).tile
+    assert (small.block_n, small.block_k) == (16, 16)
+    assert chosen.tile.x_descriptor is chosen.tile.descriptor is (operation is FORWARD)
+    bare = sm.choose(asked._replace(w_map=""), INTERPRETER).tile
+    assert bare.x_descriptor is bare.descriptor is False
+
+
+def test_wide_products_gather_where_rows_come_through_a_tensor_map():
+    wide = problem(n=8192)
+    assert sm.choose(wide, HOPPER).gather
+    assert not sm.choose(wide._replace(n=8191), HOPPER).gather
+    assert not sm.choose(wide._replace(w_map=""), HOPPER).gather
+    assert not sm.choose(wide, SMALL).gather
+    assert not sm.choose(wide, INTERPRETER).gather
+
+
+def test_a_path_brings_the_shrink_that_it_needs():
+    for operation, paths in PATHS.items():
+        asked = problem(operation=operation)
+        base = sm.choose(asked, HOPPER)
+        for path in paths:
+            plan = with_path(replace(base, shrink=None), path, asked, HOPPER)
+            assert plan.path is path
+            assert (plan.shrink is None) is (path not in (sm.Path.EPILOGUE, sm.Path.SPLIT))
+            assert with_path(base, path, asked, HOPPER).shrink in (base.shrink, plan.shrink)
+
+
+@pytest.mark.parametrize("memory", [20, 48, 99, 160, 227])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tile_that_does_not_fit_loses_stages_first_and_no_more_than_it_must(memory, dtype):
+    device = replace(HOPPER, shared_memory=memory * 1024)
+    asked = problem(dtype=dtype)
+    tile = sm.Tile(block_m=128, block_n=256, block_k=64, warps=8, stages=4)
+    room = device.shared_memory - 8 * 1024
+    steps = [
+        *(replace(tile, stages=stages) for stages in (4, 3, 2)),
+        *(replace(tile, stages=2, block_n=n) for n in (128, 64, 32)),
+        *(replace(tile, stages=2, block_n=32, block_k=k) for k in (32, 16)),
+    ]
+    fitting = [step for step in steps if stage_bytes(step, dtype) * step.stages <= room]
+    assert fit(tile, asked, device) == (fitting or steps[-1:])[0]
+    edge = stage_bytes(tile, dtype) * 4 + 8 * 1024
+    assert fit(tile, asked, replace(device, shared_memory=edge)) == tile
+    assert fit(tile, asked, replace(device, shared_memory=edge - 1)).stages == 3
+    assert stage_bytes(tile, dtype) == (128 + 256) * 64 * dtype.itemsize
+
+
+def test_variations_are_other_tiles_that_fit():
+    tile = sm.Tile(block_m=64, block_n=64, block_k=32, warps=4, stages=3)
+    found = [numbers(other)[1:] for other in variations(tile, problem(), HOPPER)]
+    assert found == [
+        (64, 32, 4, 2), (64, 32, 4, 4), (32, 32, 4, 3), (32, 32, 4, 3), (64, 64, 4, 2),
+        (64, 32, 8, 3),
+    ]  # fmt: skip
+    thin = replace(tile, block_n=16, warps=8, stages=1)
+    found = [numbers(other)[1:] for other in variations(thin, problem(), HOPPER)]
+    assert found == [(16, 32, 8, 2), (16, 64, 8, 2), (16, 32, 4, 1)]
+    plans = sm.candidates(problem(), HOPPER)
+    assert len(set(plans)) == len(plans)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 65, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", [HOPPER, SMALL], ids=["large", "small"])
+def test_a_kernel_with_the_whole_rank_keeps_its_accumulators_in_registers(device, dtype, rank):
+    asked = problem(rank=rank, dtype=dtype)
+    held = max(16, 1 << (rank - 1).bit_length())
+    tile = with_path(sm.choose(asked, device), sm.Path.FUSED, asked, device).tile
+    assert not tile.descriptor
+    assert not tile.x_descriptor
+    assert tile.warps == (8 if rank > 64 else 4)
+    assert tile.block_m == (64 if dtype.itemsize == 2 else 32)
+    room = 192 * 32 * tile.warps // tile.block_m
+    assert tile.block_n + held <= room or tile.block_n == 16
+    assert 2 * tile.block_n + held > room or tile.block_n == (128 if dtype.itemsize == 2 else 64)
+    assert (tile.block_k, tile.stages <= 3) == (32, True)
+
+    def used(stages: int) -> int:
+        step = (tile.block_m + tile.block_n + held) * 32 * dtype.itemsize
+        return step * stages + held * tile.block_n * dtype.itemsize
+
+    assert used(tile.stages) <= device.shared_memory or tile.stages == 1
+    assert tile.stages == 3 or used(tile.stages + 1) > device.shared_memory
+
+
+def test_a_bucket_is_a_model_size_and_powers_of_two():
+    words = "lora_forward bfloat16 m128 k2048 n1536 r16 nk"
+    assert plan_table.bucket(problem()) == words
+    assert plan_table.bucket(problem(rank=3, rows=65 * 128)) == words
+    assert plan_table.bucket(problem(rank=17)) == words.replace("r16", "r32")
+    assert plan_table.bucket(problem(rank=0, w_map="")) == (
+        words.replace("r16", "r0").replace("nk", "pointers")
+    )
+
+
+def test_this_machines_table_wins_over_the_shipped_one_and_both_over_the_heuristic(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(plan_table, "SHIPPED", tmp_path / "shipped")
+    device = replace(HOPPER, name=" A (new)  GPU-7! ")
+    asked, fresh = problem(), itertools.count()
+
+    def installed():
+        # The answer is remembered by device: another number of multiprocessors is another device.
+        return plan_table.installed_table(replace(device, multiprocessors=next(fresh)))
+
+    assert not installed().plans
+    tuned = plan_table.tuned_path(device)
+    assert tuned == tmp_path / ".cache/scattermoe_lora/plans/a-new-gpu-7.json"
+    shipped = tmp_path / "shipped" / "a-new-gpu-7.json"
+    for path, stages in ((shipped, 2), (tuned, 1)):
+        chosen = sm.choose(asked, device)
+        plan = replace(chosen, tile=replace(chosen.tile, stages=stages))
+        plan_table.write_table(path, device, {plan_table.bucket(asked): plan})
+        assert installed().lookup(asked) == plan
+        assert installed().source == str(path)
+    tuned.write_text("{}")
+    with pytest.warns(UserWarning, match="is not used: it is malformed"):
+        assert installed().source == str(shipped)
+    assert plan_table.installed_table(INTERPRETER) is plan_table.EMPTY
