@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import scattermoe_lora as sm
+from scattermoe_lora.autograd import ExpertLinear
+from scattermoe_lora.layers.experts_mlp import ExpertsMLP
+from scattermoe_lora.quant import Dense, StoredWeight
 
 pytestmark = pytest.mark.correctness
 OPERATORS = torch.ops.scattermoe_lora
@@ -78,6 +81,26 @@ def test_compiled_equals_eager_bitwise(function, bias, device):
     assert len(eager) == len(traced) > 2
     for expected, got in zip(eager, traced, strict=True):
         assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_stacks_of_tensors_are_traced_and_those_in_blocks_are_not(device, monkeypatch, compiling):
+    t = draw(device)
+    routing = sm.Routing.from_top_k(t["index"], t["experts"])
+    monkeypatch.setattr(sm.Routing, "from_top_k", lambda *arguments: routing)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(ExpertLinear, "apply", lambda *arguments: "eager")
+    monkeypatch.setattr(ExpertsMLP, "apply", lambda *arguments: "eager")
+    for name in ("expert_linear", "experts_mlp"):
+        monkeypatch.setattr(OPERATORS, name, lambda *arguments: ["traced"])
+    traced = {(): (True, True), ("w1",): (False, False), ("w2",): (True, False)}
+    traced[("w1", "w2")] = (False, False)
+    for names, expected in traced.items():
+        # `layer` and `projection` hand on the mT of what they are given.
+        stored = {n: StoredWeight(stored=Dense(data=t[n]), transposed=False) for n in names}
+        for function, is_traced in zip((projection, layer), expected, strict=True):
+            found = function({**t, **stored}, t["x"], t["gates"], t["index"])
+            assert found == ("traced" if compiling and is_traced else "eager")
 
 
 def test_operators_pass_opcheck(device):
