@@ -1,6 +1,7 @@
 """Stored experts decode to what their format defines, bit for bit, whole, selected or in chunks."""
 
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from scattermoe_lora.quant import (
     FourBit,
     Int8RowWise,
     StoredExperts,
+    StoredWeight,
     chunks,
 )
 from verify import references_quant as reference
@@ -339,3 +341,100 @@ def test_the_nested_scale_is_never_contracted(device, monkeypatch):
     monkeypatch.setattr(dequantize, "dequantize_four_bit_kernel", Recorder())
     stored.dense(dtype=torch.float32)
     assert options["enable_fp_fusion"] is False
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("ids", [None, [3, 0, 4]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_format_is_the_weight_of_a_product_block_by_block(device, name, ids, transposed):
+    stored = every_format(device)[name]
+    chosen = None if ids is None else torch.tensor(ids, device=device)
+    want = stored.dense(chosen, dtype=torch.float16)
+    want = want.mT if transposed else want
+    for experts_per_block in (None, 2):
+        budget = None if experts_per_block is None else 2 * 2 * math.prod(stored.shape)
+        weight = StoredWeight(stored=stored, transposed=transposed, budget_bytes=budget).select(
+            chosen
+        )
+        assert weight.shape == tuple(want.shape)
+        assert weight.device == want.device
+        found = [(first, block.clone()) for first, block in weight.blocks(torch.float16)]
+        bounds = [first for first, _ in found] + [len(want)]
+        assert bounds == ([0, len(want)] if budget is None else [0, *bounds[1:-1], len(want)])
+        assert max(block.shape[0] for _, block in found) <= (experts_per_block or len(want))
+        assert torch.equal(torch.cat([block for _, block in found]), want)
+
+
+def test_bytes_of_a_storage_are_those_of_all_its_tensors(device):
+    """Elements: half a byte, or one, or four; scales: fp32, or one byte and their own scales."""
+    formats, elements = every_format(device), 5 * 6 * 16
+    blocks = math.ceil(5 * 6 * 18 / 64)
+    sizes = {
+        "nf4": elements // 2 + 4 * (elements // 32) + 4 * 16,
+        "nested": 5 * 6 * 9 + blocks + 4 * (16 + math.ceil(blocks / 2) + 256 + 1),
+        "fp8": elements + 4 * 5,
+        "int8": elements + 4 * 30,
+        "dense": 4 * elements,
+    }
+    assert {name: stored.nbytes for name, stored in formats.items()} == sizes
+    kinds = {name: stored.dtype for name, stored in formats.items()}
+    assert kinds == {**dict.fromkeys(FORMATS, torch.bfloat16), "dense": torch.float32}
+    assert {stored.device.type for stored in formats.values()} == {torch.device(device).type}
+
+
+FP8 = torch.float8_e4m3fn
+GRID = {"data": torch.zeros(2, 9, 20, dtype=FP8), "scale": torch.ones(2, 3, 3), "block": (4, 8)}
+ROWS = {"data": torch.zeros(2, 3, 4, dtype=torch.int8), "row_scale": torch.ones(6)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "changes", "error", "words"),
+    [
+        (Float8, GRID, {"block": (0, 8)}, ValueError, r"at least 1 x 1 elements, got \[0, 8\]"),
+        (Float8, GRID, {"block": (4, 4)}, ValueError, r"shape \[2, 3, 5\], got \[2, 3, 3\]"),
+        (Float8, GRID, {"scale": torch.ones(3, 3, 3)}, ValueError, r"got \[3, 3, 3\]"),
+        (Float8, GRID, {"scale": torch.ones(2, 3, 3).half()}, TypeError, "must be torch.float32"),
+        (Float8, GRID, {"scale": torch.ones(2, 3, 3).mT}, ValueError, "scale must be contiguous"),
+        (Float8, GRID, {"scale": torch.ones(2, 3, 3, device="meta")}, ValueError, "scale is on m"),
+        (Float8, GRID, {"data": torch.zeros(2, 9, 20)}, TypeError, "data must be torch.float8_e4m"),
+        (Float8, GRID, {"data": torch.zeros(20, 9, dtype=FP8)}, ValueError, r"got \[20, 9\]"),
+        (Float8, GRID, {"data": torch.zeros(2, 0, 20, dtype=FP8)}, ValueError, "and not empty"),
+        (Float8, GRID, {"data": torch.zeros(2, 20, 9, dtype=FP8).mT}, ValueError, "data must be c"),
+        (Int8RowWise, ROWS, {"row_scale": torch.ones(5)}, ValueError, "6 elements, got 5"),
+        (Int8RowWise, ROWS, {"row_scale": torch.ones(6).half()}, TypeError, "torch.float32, got"),
+        (Int8RowWise, ROWS, {"row_scale": torch.ones(6, device="meta")}, ValueError, "is on meta"),
+        (Int8RowWise, ROWS, {"data": torch.zeros(2, 3, 4)}, TypeError, "data must be torch.int8"),
+        (Dense, {}, {"data": torch.zeros(2, 3, 4).long()}, TypeError, "or torch.float64, got"),
+        (Dense, {}, {"data": torch.zeros(3, 4)}, ValueError, r"and not empty, got \[3, 4\]"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(kind, right, changes, error, words):
+    if right:
+        assert kind(**right).experts == 2
+    with pytest.raises(error, match=words):
+        kind(**{**right, **changes})
+
+
+NESTED = ("absmax", "code", "offset")
+
+
+@pytest.mark.parametrize("part", NESTED)
+def test_nested_statistics_are_fp32_contiguous_and_beside_their_storage(part):
+    problem, tensors, stored = drawn("cpu", experts=3, shape=(4, 32), outer_blocksize=2)
+    value = getattr(stored.nested, part)
+    for wrong, error, words in (
+        (value.half(), TypeError, f"nested.{part} must be torch.float32"),
+        (torch.cat([value, value]), ValueError, f"{value.numel()} elements, got"),
+        (value.to("meta"), ValueError, f"nested.{part} is on meta"),
+    ):
+        with pytest.raises(error, match=words):
+            stored_four_bit(problem, tensors, nested=replace(stored.nested, **{part: wrong}))
+    with pytest.raises(ValueError, match=r"nested.blocksize must be at least 1, got 0"):
+        stored_four_bit(problem, tensors, nested=replace(stored.nested, blocksize=0))
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4,), (2, 2, 2)])
+def test_a_stack_of_no_matrices_is_refused(shape):
+    problem, tensors, _ = drawn("cpu", experts=3, shape=(4, 32))
+    with pytest.raises(ValueError, match=r"at least one expert of shape \[d1, d2\], got 3 of"):
+        stored_four_bit(problem, tensors, shape=shape)

@@ -181,6 +181,8 @@ def test_gradients_reach_the_active_slices_and_zero_the_others(device):
     reached = torch.tensor([0.0, 1, 0, 1], device=device).view(4, 1, 1)
     assert torch.equal(lora.a.grad, reached.expand_as(lora.a))
     assert torch.equal(lora.b.grad, reached.expand_as(lora.b))
+    table = torch.arange(12.0, device=device).view(4, 3)
+    assert torch.equal(ActiveExperts.of(routing).rows(table), table[[1, 3]])
 
 
 def test_a_call_without_rows_keeps_one_expert(device):
@@ -233,7 +235,7 @@ def test_codebooks_are_those_of_bitsandbytes():
     for name, codebook in reference.CODEBOOKS.items():
         assert torch.equal(codebook(), functional.get_4bit_type(name, "cpu"))
     assert torch.equal(reference.dynamic_codebook(), functional.create_dynamic_map())
-    nf4 = torch.tensor(compat_selective._NF4)
+    nf4 = torch.tensor(compat_selective.NF4_CODEBOOK)
     assert torch.equal(nf4, reference.nf4_codebook())
 
 
