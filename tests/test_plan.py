@@ -283,3 +283,19 @@ def test_this_machines_table_wins_over_the_shipped_one_and_both_over_the_heurist
     with pytest.warns(UserWarning, match="is not used: it is malformed"):
         assert installed().source == str(shipped)
     assert plan_table.installed_table(INTERPRETER) is plan_table.EMPTY
+
+
+def test_a_launch_takes_the_plan_of_the_table_and_else_of_the_heuristic(monkeypatch):
+    asked = problem()
+    other = replace(sm.choose(asked, INTERPRETER), gather=True)
+    table = plan_table.PlanTable(plans={plan_table.bucket(asked): other})
+    monkeypatch.setattr(plan_table, "installed_table", lambda facts: table)
+
+    def taken(n: int) -> sm.Plan:
+        operation, _, experts, k, _, rank, dtype, precision, layout = asked
+        find = plan_table.plan_for.__wrapped__
+        cpu = torch.device("cpu")
+        return find(operation, 128, experts, k, n, rank, dtype, precision, layout, cpu)
+
+    assert taken(asked.n) == other
+    assert taken(512) == sm.choose(asked._replace(n=512), INTERPRETER)
