@@ -1,11 +1,13 @@
 """The selective functions of axolotl's scattermoe_lora, with their names, arguments and layouts."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .quant import FourBit, stored_experts
 
-_NF4 = (
+NF4_CODEBOOK = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -23,6 +25,7 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
+"""The 16 values of NF4, as bitsandbytes writes them (QLoRA, appendix E)."""
 
 
 def get_active_experts(sorted_expert_idxs: Tensor, E: int) -> Tensor:
@@ -74,6 +77,30 @@ def selective_expert_weights(
     return stored.dense(active_experts, dtype=stored.dtype)
 
 
+def shared_dequant_across_shards(
+    experts_module: nn.Module, param_name: str, sei_per_shard: Sequence[Tensor], E: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`selective_expert_weights` once for shards of a batch whose active experts overlap.
+
+    Args:
+        sei_per_shard: the sorted_expert_idxs [rows] of each shard.
+
+    Returns:
+        The experts of any shard, ascending [union]; their dense weights [union, d1, d2]; and for
+        each shard the positions int64 [active] of its active experts in that union.
+
+    Raises:
+        ValueError: there are no shards.
+        AttributeError, TypeError, ValueError: as `quant.stored_experts`.
+    """
+    if not sei_per_shard:
+        raise ValueError("sei_per_shard must hold at least 1 shard, got 0")
+    per_shard = [get_active_experts(ids, E) for ids in sei_per_shard]
+    union = torch.unique(torch.cat(per_shard))
+    dense = selective_expert_weights(experts_module, param_name, union)
+    return union, dense, [torch.searchsorted(union, active) for active in per_shard]
+
+
 def selective_lora_weights(
     lora_A: Tensor, lora_B: Tensor, active_experts: Tensor, E: int
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +149,7 @@ def selective_dequant_nf4_triton(
             f"shape {[d1, d2]}"
         )
     if codebook is None:
-        codebook = torch.tensor(_NF4, dtype=torch.float32, device=packed_data.device)
+        codebook = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=packed_data.device)
     stored = FourBit(
         packed=packed_data.reshape(-1),
         absmax=absmax.reshape(-1),

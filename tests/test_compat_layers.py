@@ -30,20 +30,22 @@ def relative(got, want):
         ("ops", ("group", "scatter2scatter", "group_bwd_W", "BLOCK_M")),
         ("kernels.lora_ops", ("scatter2scatter_lora", "scatter2scatter_lora_dX", "BLOCK_M")),
         ("kernels.lora_ops", ("group_bwd_lora", "group_bwd_lora_fused", "round_expert_counts")),
-        ("kernels.lora_ops", ("_SPLIT_LORA_FWD_THRESHOLD",)),
+        ("kernels.lora_ops", ("_SPLIT_LORA_FWD_THRESHOLD", "_SPLIT_LORA_FWD_MAX_EXPERTS")),
         ("kernels.single", ("single2scatter",)),
         ("lora_ops", ("ParallelExperts", "scatter2scatter_lora", "group_bwd_lora")),
         ("parallel_experts", ("flatten_sort_count", "parallel_linear", "ParallelExperts")),
+        ("parallel_experts", ("ParallelLinear", "kernels")),
         ("parallel_linear_lora", ("ScatterMoELoRA", "parallel_linear_lora")),
         ("parallel_linear_lora", ("_compute_lora_input_grad", "get_lora_params_from_wrapper")),
         ("lora_layout", ("peft_lora_to_scattermoe", "validate_scattermoe_lora_shapes")),
         ("layers", ("peft_lora_to_scattermoe", "peft_lora_B_to_scattermoe")),
         ("layers", ("HFScatterMoEGatedMLP", "ScatterMoEGatedMLP", "_route")),
         ("layers", ("_sigmoid_topk_route", "_softmax_topk_route", "_compute_shared_expert")),
-        ("layers", ("_unwrap_experts_lora", "_unwrap_gate_lora")),
+        ("layers", ("_unwrap_experts_lora", "_unwrap_gate_lora", "_convert_smoe_lora")),
+        ("layers", ("peft_down_proj_lora_to_scattermoe",)),
         ("selective_dequant", ("get_active_experts", "remap_expert_indices")),
         ("selective_dequant", ("selective_expert_weights", "selective_lora_weights")),
-        ("selective_dequant", ("_selective_dequant_bnb4",)),
+        ("selective_dequant", ("_selective_dequant_bnb4", "shared_dequant_across_shards")),
         ("selective_dequant_kernel", ("selective_dequant_nf4_triton",)),
     ],
 )
@@ -102,6 +104,11 @@ def test_the_adapters_part_of_the_input_gradient(device):
     )
     assert part.abs().sum() > 0
     assert torch.equal(base + part, whole)
+    expert = torch.bucketize(torch.arange(len(dy), device=device), offsets, right=True)
+    by_expert = b.unflatten(1, (EXPERTS, RANK)).permute(1, 2, 0)[expert]
+    known = torch.einsum("lrn,ln->lr", by_expert, dy)
+    given = (dy, a, b, offsets, EXPERTS, SCALING, ids, slots, True)
+    assert torch.equal(compat._compute_lora_input_grad(*given, yb=2 * known), 2 * part)
 
 
 def test_factors_the_wrong_way_round_are_refused():
@@ -199,6 +206,15 @@ def test_softmax_weights(normalised):
     weights, experts, *_ = layers._route(SimpleNamespace(), gate, hidden, weight, None)
     kept = hidden.softmax(1).gather(1, experts)
     torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True) if normalised else kept)
+    named = {
+        "hidden_states": hidden, "gate_weight": weight, "gate_lora_delta": weight,
+        "moe_block": SimpleNamespace(), "base_gate": gate,
+    }  # fmt: skip
+    steeper = (2 * hidden).softmax(1)
+    for router in (layers._route, layers._softmax_topk_route):
+        kept = steeper.gather(1, router(**named)[1])
+        want = kept / kept.sum(1, keepdim=True) if normalised else kept
+        torch.testing.assert_close(router(**named)[0], want)
     for unknown in (SimpleNamespace(n_group=2), SimpleNamespace(moe_statics=0)):
         with pytest.raises(ValueError, match="leaves routing to the model"):
             layers._route(unknown, gate, hidden, weight, None)
@@ -212,6 +228,32 @@ def test_shared_experts_pass_their_gate():
         assert torch.equal(layers._compute_shared_expert(block, hidden), 2 * hidden)
         block.shared_expert_gate = lambda x: torch.zeros(len(x), 1)
         assert torch.equal(layers._compute_shared_expert(block, hidden), hidden)
+
+
+def test_both_projections_of_peft_are_laid_out_alike():
+    peft_a, peft_b = drawn(EXPERTS * RANK, HIDDEN), drawn(INNER, EXPERTS * RANK, seed=6)
+    want = compat.peft_lora_to_scattermoe(peft_a, peft_b, EXPERTS, RANK)
+    down = compat.peft_down_proj_lora_to_scattermoe(peft_a, peft_b, EXPERTS, RANK)
+    *factors, scaling = compat._convert_smoe_lora(peft_a, peft_b, EXPERTS, RANK, SCALING)
+    assert scaling == SCALING
+    for got in (down, factors):
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+def test_shards_share_what_any_of_them_decodes():
+    module = torch.nn.Module()
+    module.up = torch.nn.Parameter(drawn(EXPERTS, INNER, HIDDEN))
+    shards = [torch.tensor(ids) for ids in ([0, 3, 3], [3, 5], [1], [0, 0, 5, EXPERTS])]
+    union, dense, positions = compat.shared_dequant_across_shards(module, "up", shards, EXPERTS)
+    assert union.tolist() == [0, 1, 3, 5]
+    assert torch.equal(dense, module.up[union])
+    for ids, position in zip(shards, positions, strict=True):
+        active = compat.get_active_experts(ids, EXPERTS)
+        alone = compat.selective_expert_weights(module, "up", active)
+        assert position.dtype == torch.int64
+        assert torch.equal(dense[position], alone)
+    with pytest.raises(ValueError, match="at least 1 shard, got 0"):
+        compat.shared_dequant_across_shards(module, "up", [], EXPERTS)
 
 
 def gated(x, choice, gate_up, down):
@@ -315,3 +357,17 @@ def test_adapters_are_found_behind_the_wrappers_of_peft(device):
         bare = layers.HFScatterMoEGatedMLP.forward(block, hidden)
         assert relative(bare, block(hidden).double()) <= bound
     assert relative(bare, want.double()) > 100 * bound
+
+
+def test_experts_under_their_former_implementation(monkeypatch):
+    moe = pytest.importorskip("transformers.integrations.moe")
+    former = importlib.import_module(f"{compat.__name__}.experts")
+    present = importlib.import_module("scattermoe_lora.integrations.transformers")
+    table = dict(moe.ExpertsInterface._global_mapping)
+    monkeypatch.setattr(moe.ExpertsInterface, "_global_mapping", table)
+    before = table.copy()
+    for _ in range(2):
+        former.register_scattermoe_experts()
+    assert moe.ALL_EXPERTS_FUNCTIONS["scattermoe"] is former.scattermoe_experts_forward
+    assert former.scattermoe_experts_forward is present.experts_forward
+    assert table == before | {"scattermoe": present.experts_forward}

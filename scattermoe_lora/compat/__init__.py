@@ -13,7 +13,8 @@ Index width, tuning and fusion are chosen by this package: the arguments that st
 
 Submodules have the names and contents of the former ones: `kernels.ops`, `kernels.lora_ops`,
 `kernels.single`, `parallel_experts`, `parallel_linear_lora`, `lora_ops`, `lora_layout`, `layers`,
-`selective_dequant`, `selective_dequant_kernel`. `mlp` has the blocks of shawntan's scattermoe.
+`selective_dequant`, `selective_dequant_kernel`; `experts`, which needs transformers, is not
+imported with them. `mlp` has the blocks of shawntan's scattermoe.
 """
 
 from ..compat_selective import (
@@ -22,9 +23,11 @@ from ..compat_selective import (
     selective_dequant_nf4_triton,
     selective_expert_weights,
     selective_lora_weights,
+    shared_dequant_across_shards,
 )
 from . import kernels, layers, lora_ops, mlp, ops
 from .kernels.lora_ops import (
+    _SPLIT_LORA_FWD_MAX_EXPERTS,
     _SPLIT_LORA_FWD_THRESHOLD,
     BLOCK_M,
     group_bwd_lora,
@@ -39,6 +42,7 @@ from .layers import (
     HFScatterMoEGatedMLP,
     ScatterMoEGatedMLP,
     _compute_shared_expert,
+    _convert_smoe_lora,
     _route,
     _sigmoid_topk_route,
     _softmax_topk_route,
@@ -46,12 +50,13 @@ from .layers import (
     _unwrap_gate_lora,
 )
 from .lora_layout import (
+    peft_down_proj_lora_to_scattermoe,
     peft_lora_B_to_scattermoe,
     peft_lora_to_scattermoe,
     validate_scattermoe_lora_shapes,
 )
 from .lora_ops import ParallelExperts
-from .parallel_experts import flatten_sort_count, parallel_linear
+from .parallel_experts import ParallelLinear, flatten_sort_count, parallel_linear
 from .parallel_linear_lora import (
     ScatterMoELoRA,
     _compute_lora_input_grad,
@@ -62,13 +67,16 @@ from .selective_dequant import _selective_dequant_bnb4
 
 __all__ = [
     "BLOCK_M",
+    "_SPLIT_LORA_FWD_MAX_EXPERTS",
     "_SPLIT_LORA_FWD_THRESHOLD",
     "HFScatterMoEGatedMLP",
     "ParallelExperts",
+    "ParallelLinear",
     "ScatterMoEGatedMLP",
     "ScatterMoELoRA",
     "_compute_lora_input_grad",
     "_compute_shared_expert",
+    "_convert_smoe_lora",
     "_route",
     "_selective_dequant_bnb4",
     "_sigmoid_topk_route",
@@ -89,6 +97,7 @@ __all__ = [
     "ops",
     "parallel_linear",
     "parallel_linear_lora",
+    "peft_down_proj_lora_to_scattermoe",
     "peft_lora_B_to_scattermoe",
     "peft_lora_to_scattermoe",
     "remap_expert_indices",
@@ -99,6 +108,7 @@ __all__ = [
     "selective_dequant_nf4_triton",
     "selective_expert_weights",
     "selective_lora_weights",
+    "shared_dequant_across_shards",
     "single2scatter",
     "validate_scattermoe_lora_shapes",
 ]

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from ..integrations._factors import active_factors
 from .lora_layout import (
+    peft_down_proj_lora_to_scattermoe,
     peft_lora_B_to_scattermoe,
     peft_lora_to_scattermoe,
     validate_scattermoe_lora_shapes,
@@ -22,6 +23,7 @@ from .parallel_linear_lora import get_lora_params_from_wrapper, parallel_linear_
 __all__ = [
     "HFScatterMoEGatedMLP",
     "ScatterMoEGatedMLP",
+    "peft_down_proj_lora_to_scattermoe",
     "peft_lora_B_to_scattermoe",
     "peft_lora_to_scattermoe",
     "validate_scattermoe_lora_shapes",
@@ -120,16 +122,24 @@ def _projected(
 
 
 def _route(
-    moe_block: Any, base_gate: Any, hidden_states: Tensor, gate_weight: Tensor, delta: Tensor | None
+    moe_block: Any,
+    base_gate: Any,
+    hidden_states: Tensor,
+    gate_weight: Tensor,
+    gate_lora_delta: Tensor | None,
 ) -> Choice:
     """The sigmoid router where gate or block has a correction bias, else the softmax one."""
     sigmoid = _correction_bias(moe_block, base_gate) is not None
     chosen = _sigmoid_topk_route if sigmoid else _softmax_topk_route
-    return chosen(moe_block, base_gate, hidden_states, gate_weight, delta)
+    return chosen(moe_block, base_gate, hidden_states, gate_weight, gate_lora_delta)
 
 
 def _softmax_topk_route(
-    moe_block: Any, base_gate: Any, hidden_states: Tensor, gate_weight: Tensor, delta: Tensor | None
+    moe_block: Any,
+    base_gate: Any,
+    hidden_states: Tensor,
+    gate_weight: Tensor,
+    gate_lora_delta: Tensor | None,
 ) -> Choice:
     """The top_k largest softmax weights, normalised unless gate.norm_topk_prob is false.
 
@@ -146,14 +156,18 @@ def _softmax_topk_route(
             "integrations.transformers, which leaves routing to the model"
         )
     normalised = getattr(base_gate, "norm_topk_prob", True)
-    logits = _logits(hidden_states, gate_weight, delta)
+    logits = _logits(hidden_states, gate_weight, gate_lora_delta)
     weights, experts = _softmax_choice(logits, base_gate.top_k, normalised=normalised)
     count = getattr(base_gate, "num_experts", gate_weight.shape[0])
     return weights, experts, base_gate.top_k, count
 
 
 def _sigmoid_topk_route(
-    moe_block: Any, base_gate: Any, hidden_states: Tensor, gate_weight: Tensor, delta: Tensor | None
+    moe_block: Any,
+    base_gate: Any,
+    hidden_states: Tensor,
+    gate_weight: Tensor,
+    gate_lora_delta: Tensor | None,
 ) -> Choice:
     """Chosen by sigmoid plus correction bias, weighted by the sigmoid alone (DeepSeek-V3).
 
@@ -163,7 +177,7 @@ def _sigmoid_topk_route(
     """
     top_k = getattr(moe_block, "top_k", None) or base_gate.top_k
     count = getattr(moe_block, "n_routed_experts", gate_weight.shape[0])
-    p = _logits(hidden_states, gate_weight, delta).float().sigmoid()
+    p = _logits(hidden_states, gate_weight, gate_lora_delta).float().sigmoid()
     bias = _correction_bias(moe_block, base_gate)
     choice = p if bias is None else p + bias
     groups = getattr(moe_block, "n_group", None) or 1
@@ -181,14 +195,14 @@ def _sigmoid_topk_route(
     return weights * getattr(moe_block, "routed_scaling_factor", 1.0), experts, top_k, count
 
 
-def _compute_shared_expert(moe_block: Any, hidden_states: Tensor) -> Tensor | None:
+def _compute_shared_expert(moe_block: Any, hidden_states_flat: Tensor) -> Tensor | None:
     """The output of the experts that every token passes, behind their gate if there is one."""
     shared = next((getattr(moe_block, name) for name in _SHARED if _has(moe_block, name)), None)
     if shared is None:
         return None
-    out = shared(hidden_states)
+    out = shared(hidden_states_flat)
     if _has(moe_block, "shared_expert_gate"):
-        out = out * moe_block.shared_expert_gate(hidden_states).sigmoid()
+        out = out * moe_block.shared_expert_gate(hidden_states_flat).sigmoid()
     return out
 
 
@@ -201,6 +215,13 @@ def _unwrap_gate_lora(gate_module: Any) -> tuple[Any, Tensor, Tensor | None]:
     if a is None or b is None or scaling is None:
         return base, base.weight, None
     return base, base.weight, scaling * (b @ a)
+
+
+def _convert_smoe_lora(
+    lora_A: Tensor, lora_B: Tensor, num_experts: int, rank: int, scaling: float
+) -> Adapter:
+    """PEFT's factors and their scaling as an adapter of the former kernels."""
+    return *peft_lora_to_scattermoe(lora_A, lora_B, num_experts, rank), scaling
 
 
 def _unwrap_experts_lora(experts_module: Any) -> tuple[Any, Adapter | None, Adapter | None]:

@@ -15,6 +15,13 @@ def peft_lora_to_scattermoe(
     return peft_A, peft_lora_B_to_scattermoe(peft_B, num_experts, rank)
 
 
+def peft_down_proj_lora_to_scattermoe(
+    peft_A: Tensor, peft_B: Tensor, num_experts: int, rank: int
+) -> tuple[Tensor, Tensor]:
+    """`peft_lora_to_scattermoe`: both projections are laid out alike."""
+    return peft_lora_to_scattermoe(peft_A, peft_B, num_experts, rank)
+
+
 def peft_lora_B_to_scattermoe(peft_B: Tensor, num_experts: int, rank: int) -> Tensor:
     """PEFT's lora_B [N, R E], the expert index fastest, as lora_B with expert-major columns."""
     by_expert = peft_B.unflatten(1, (rank, num_experts)).transpose(1, 2)

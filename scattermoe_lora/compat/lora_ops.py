@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.lora_ops import (
+    _SPLIT_LORA_FWD_MAX_EXPERTS,
     _SPLIT_LORA_FWD_THRESHOLD,
     BLOCK_M,
     group_bwd_lora,
@@ -16,6 +17,7 @@ from .parallel_linear_lora import parallel_linear_lora
 
 __all__ = [
     "BLOCK_M",
+    "_SPLIT_LORA_FWD_MAX_EXPERTS",
     "_SPLIT_LORA_FWD_THRESHOLD",
     "ParallelExperts",
     "group_bwd_lora",

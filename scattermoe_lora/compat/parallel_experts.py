@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from ..routing import Routing
+from . import kernels
 from .lora_ops import ParallelExperts
 from .parallel_linear_lora import parallel_linear_lora
 
-__all__ = ["ParallelExperts", "flatten_sort_count", "parallel_linear"]
+__all__ = ["ParallelExperts", "ParallelLinear", "flatten_sort_count", "kernels", "parallel_linear"]
 
 
 def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,3 +41,9 @@ def parallel_linear(
         grouped_in=grouped_in,
         grouped_out=grouped_out,
     )
+
+
+class ParallelLinear:
+    """`parallel_linear` as the autograd function it once was; call `apply`."""
+
+    apply = staticmethod(parallel_linear)

@@ -120,11 +120,22 @@ def _compute_lora_input_grad(
     expert_offsets: Tensor,
     E: int,
     scaling: float,
+    sorted_expert_idxs: Tensor | None = None,
+    sorted_scattered_idxs: Tensor | None = None,
+    int64_indices: bool = False,
+    yb: Tensor | None = None,
 ) -> Tensor:
-    """The adapter's part of the input gradient, scaling (DY B[e]) A[e], all in expert order."""
+    """The adapter's part of the input gradient, scaling (DY B[e]) A[e], all in expert order.
+
+    yb: DY B[e] [L, R] where it is known, not scaled. The offsets say which rows an expert has: the
+    ids and slots are accepted and change nothing.
+    """
     routing = grouped_routing(expert_offsets, grouped_grad_out.shape[0], E)
     lora = lora_of(lora_A, lora_B, E, scaling, grouped_grad_out)
     up, down = (factor.to(grouped_grad_out.dtype) for factor in (lora.b, lora.a))
-    narrow = shrink(grouped_grad_out, up.mT, routing, scaling=scaling, source=RowOrder.EXPERT)
     order = RowOrder.EXPERT
+    if yb is None:
+        narrow = shrink(grouped_grad_out, up.mT, routing, scaling=scaling, source=order)
+    else:
+        narrow = (yb.float() * scaling).to(down.dtype)
     return scatter2scatter(narrow, down, routing, source=order, target=order)

@@ -12,6 +12,7 @@ from ..compat_selective import (
     remap_expert_indices,
     selective_expert_weights,
     selective_lora_weights,
+    shared_dequant_across_shards,
 )
 from ..quant import four_bit
 
@@ -20,6 +21,7 @@ __all__ = [
     "remap_expert_indices",
     "selective_expert_weights",
     "selective_lora_weights",
+    "shared_dequant_across_shards",
 ]
 
 

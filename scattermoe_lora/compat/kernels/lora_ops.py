@@ -19,6 +19,8 @@ from .ops import BLOCK_M
 _SPLIT_LORA_FWD_THRESHOLD = 20_000_000
 """Elements of an expert from which the former kernels split the forward; it steers nothing here:
 a plan says which path is taken."""
+_SPLIT_LORA_FWD_MAX_EXPERTS = 32
+"""Experts up to which they did; it steers nothing here either."""
 
 
 def scatter2scatter_lora(
