@@ -34,7 +34,7 @@ class Threads:
 
     def __init__(self, ranks):
         self.ranks, self.barrier, self.here = ranks, threading.Barrier(ranks), threading.local()
-        self.parts, self.calls = [None] * ranks, []
+        self.parts, self.calls, self.rows = [None] * ranks, [], set()
 
     def install(self, monkeypatch):
         for name in (
@@ -59,6 +59,7 @@ class Threads:
         assert value.is_contiguous()
         if self.here.rank == 0:
             self.calls.append(name)
+            self.rows |= {value.shape[0]} if name == "gather" else set()
         self.parts[self.here.rank] = value.detach().clone()
         self.barrier.wait(SECONDS)
         parts = list(self.parts)
@@ -144,6 +145,7 @@ def test_gradients_are_those_of_the_mean_or_of_the_sum(group):
     model, ids = model_of(), hf_models.tokens()
     mean = group.run(lambda rank: gradients(model, group, rank, ids))
     assert "longest" not in group.calls
+    assert group.rows == {ids.numel()}
     total = group.run(lambda rank: gradients(model, group, rank, ids, mean_gradients=False))
     counted = group.run(lambda rank: gradients(model, group, rank, ids, equal_tokens=False))
     for (_, one), (_, other), (_, third) in zip(mean, total, counted, strict=True):

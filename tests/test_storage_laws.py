@@ -147,6 +147,18 @@ def test_parts_put_together_are_the_stack(nested):
         assert torch.equal(decoded(module, "w"), whole.stored().dense(dtype=torch.float32))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_the_loader_is_shown_what_was_saved(nested):
+    (experts,) = hf_models.experts_of(hf_models.tiny_model("qwen3_moe"))
+    packing._expect_parts(experts, "down_proj", nested=nested)
+    shown = {name: value.dtype for name, value in experts._buffers.items()}
+    saved = _four_bit.parts(packed_stack(4, 64, 32, nested=nested))
+    assert shown == {f"four_bit_down_proj_{part}": value.dtype for part, value in saved.items()}
+    assert {value.device.type for value in experts._buffers.values()} == {"meta"}
+    assert list(experts._parameters) == ["gate_up_proj"]
+    assert experts._is_hf_initialized is True
+
+
 def test_settings_of_the_format():
     config = packing.ExpertsQuantizationConfig()
     assert (config.linears, config.experts_blocksize, config.experts_nested) == (True, 64, False)
