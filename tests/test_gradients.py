@@ -106,6 +106,29 @@ def test_results_and_gradients_are_those_of_plain_torch(routing, source, left_ou
             assert torch.equal(grad, want), name
 
 
+def test_autocast_takes_projections_and_layers_without_adapters(routing):
+    """Operands that bf16 holds exactly, so that casting them first is the definition."""
+    t = {name: v for name, v in operands(routing, TOKEN).items() if name in ("x", "weight")}
+    second = integers(EXPERTS, N, K, seed=8, device=routing.device)
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        weights = (torch.cat([t["weight"], t["weight"]], 2), second)
+        first, last = (sm.Projection(weight=weight.to(dtype)) for weight in weights)
+        x = t["x"].to(dtype)
+        gates = torch.ones(TOKENS, TOP_K, device=routing.device)
+        activation = sm.Activation()
+        return [
+            projection({"x": x, "weight": t["weight"].to(dtype)}, routing, TOKEN, SLOT),
+            sm.experts_mlp(x, gates, routing, gate_up=first, down=last, activation=activation),
+        ]
+
+    with torch.autocast(routing.device.type, dtype=torch.bfloat16):
+        cast = results(torch.float32)
+    for found, wanted in zip(cast, results(torch.bfloat16), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, wanted)
+
+
 TILE = sm.Tile(block_m=16, block_n=16, block_k=16)
 
 
