@@ -301,8 +301,13 @@ def test_blocks_are_their_routing_and_their_experts(device):
 
 @pytest.mark.parametrize(("name", "widening"), [("MLP", 1), ("GLUMLP", 2)])
 def test_blocks_that_are_given_their_routing(device, name, widening):
-    block = getattr(compat.mlp, name)(HIDDEN, INNER, EXPERTS, TOP_K, activation=torch.relu)
-    block = block.to(device)
+    made, sizes, biased = getattr(compat.mlp, name), (HIDDEN, INNER, EXPERTS, TOP_K), False
+    with pytest.raises(TypeError, match="bias must be a bool, got ReLU"):
+        made(*sizes, torch.nn.ReLU())
+    assert set(made(*sizes, bias=True).state_dict()) == {
+        f"{part}.{kind}" for part in ("experts", "output_experts") for kind in ("weight", "bias")
+    }
+    block = made(*sizes, biased, torch.relu).to(device)
     x = torch.randn(TOKENS, HIDDEN, device=device)
     p, chosen = torch.rand(TOKENS, EXPERTS, device=device).topk(TOP_K)
     up, down = (part.weight.detach().double() for part in (block.experts, block.output_experts))

@@ -11,7 +11,11 @@ from .parallel_experts import flatten_sort_count
 
 
 class MLP(nn.Module):
-    """Two stacks: `experts` [E, hidden, input], `output_experts` [E, input, hidden]."""
+    """Two stacks: `experts` [E, hidden, input], `output_experts` [E, input, hidden].
+
+    Raises:
+        TypeError: bias is no bool, as where an activation stands in its place.
+    """
 
     _widening = 1
 
@@ -21,11 +25,14 @@ class MLP(nn.Module):
         hidden_size: int,
         num_experts: int,
         top_k: int,
-        *,
         bias: bool = False,
         activation: Callable[[Tensor], Tensor] = gelu,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool):
+            raise TypeError(
+                f"bias must be a bool, got {type(bias).__name__}; activation follows it"
+            )
         self.num_experts = num_experts
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -74,7 +81,6 @@ class GLUMLP(MLP):
         hidden_size: int,
         num_experts: int,
         top_k: int,
-        *,
         bias: bool = False,
         activation: Callable[[Tensor], Tensor] = silu,
     ) -> None:
