@@ -14,6 +14,7 @@ from bitsandbytes import functional
 from plain_layer import references  # noqa: F401
 from test_bitsandbytes import bits, decoded, loaded, parametrised
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
@@ -119,6 +120,8 @@ def test_parameters_that_are_not_packed_are_left_alone():
     module = nn.Module()
     module.down_proj = nn.Parameter(torch.ones(2, 2, 2))
     _four_bit.follow(module, "down_proj")
+    assert _four_bit.parametrised(module, "down_proj") is None
+    parametrize.register_parametrization(module, "down_proj", nn.Identity())
     assert _four_bit.parametrised(module, "down_proj") is None
     model = hf_models.tiny_model("qwen3_moe")
     packing.quantize_experts(model)
@@ -414,6 +417,7 @@ def test_packed_experts_are_decoded_within_a_bound(family, monkeypatch):
     packing.quantize_experts(model)
     (experts,) = hf_models.experts_of(model)
     layout = _experts.ExpertsLayout.of(experts)
+    assert 2**26 <= _experts.DECODED_BYTES <= 2**30
     for bound in (2**40, 1):
         monkeypatch.setattr(_experts, "DECODED_BYTES", bound)
         for name in NAMES:
