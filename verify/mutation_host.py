@@ -11,6 +11,8 @@ from .mutation_operators import HOST_OPERATORS as ARITHMETIC
 from .mutation_operators import Change, Operator
 
 _SYMMETRIC = frozenset({"min", "max", "zip", "isinstance", "getattr", "hasattr"})
+_REFUSALS = frozenset({"require_supported"})
+"""Calls that compute nothing and refuse what no check asks for."""
 _NO_TENSORS = frozenset({"activation", "call", "down", "gate_up", "operation", "plan", "routing"})
 _NO_TENSORS |= {"dy_order", "rows", "scaling"}
 _CONVERSIONS = frozenset({"contiguous", "to", "float", "long", "reshape", "clamp", "_replace"})
@@ -28,7 +30,7 @@ _OTHERS = {
 
 def exchanged(node: ast.AST) -> Iterator[Change]:
     """Two operands that stand side by side, in each other's place."""
-    if not isinstance(node, ast.Call) or _name(node.func) in _SYMMETRIC:
+    if not isinstance(node, ast.Call) or _name(node.func) in _SYMMETRIC | _REFUSALS:
         return
     for place, (left, right) in enumerate(zip(node.args, node.args[1:], strict=False)):
         if not (_tensor(left) and _tensor(right)) or ast.dump(left) == ast.dump(right):

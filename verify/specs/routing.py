@@ -72,6 +72,7 @@ def _run(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
             "slots": value.slots,
             "expert_of_row": value.expert_of_row,
             "offsets": value.offsets,
+            "entries": torch.tensor([value.tiles.shape[0]], device=value.device),
             **_tables(lib, value.tiles, inputs),
         }
         found.update({f"{name} {part}": tensor.double() for part, tensor in parts.items()})
@@ -98,9 +99,12 @@ def _expected_table(groups: Groups, height: int) -> Tensor:
         expert = group if group < groups.experts else _DROPPED
         tiles = -(-(end - begin) // height)
         entries += [(expert, len(entries), begin, end)] * tiles
-    capacity = groups.rows // height + min(groups.experts + 1, groups.rows)
-    entries += [(_UNUSED, 0, 0, 0)] * (capacity - len(entries))
+    entries += [(_UNUSED, 0, 0, 0)] * (_capacity(groups, height) - len(entries))
     return torch.tensor(entries).reshape(-1, 4)
+
+
+def _capacity(groups: Groups, height: int) -> int:
+    return groups.rows // height + min(groups.experts + 1, groups.rows)
 
 
 def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
@@ -111,10 +115,12 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     dropped = torch.nonzero(~known).reshape(-1)
     ids = torch.where(known, flat, groups.experts)
     slots = torch.cat([groups.slots, dropped])
+    entries = sum(_capacity(groups, height) for height in HEIGHTS)
     parts = {
         "slots": slots,
         "expert_of_row": ids[slots],
         "offsets": torch.tensor(groups.bounds),
+        "entries": torch.tensor([entries]),
     }
     if groups.rows:
         parts |= {f"tiles {height}": _expected_table(groups, height) for height in HEIGHTS}
