@@ -411,3 +411,24 @@ def test_factors_that_fit_no_parameter_are_refused(tmp_path):
         save_file(wide, file)
         with pytest.raises(ValueError, match=r"\[97, 97\].* fit 0 of its parameters"):
             adapters.load_adapter(model_of("olmoe"), tmp_path)
+
+
+def test_merging_nothing_more_changes_nothing():
+    model = ours(adapted(model_of(packed=True)))
+    (experts,) = hf_models.experts_of(model.get_base_model())
+    assert [row.adapters for row in adapters.merge(model, []).rows] == [(), ()]
+    assert hasattr(experts, "parametrizations")
+    adapters.merge(model)
+    before = [id(weight) for weight in experts.parameters()]
+    for requantize in (False, True):
+        report = adapters.merge(model, requantize=requantize)
+        assert [row.requantization_error for row in report.rows] == [None, None]
+        assert [id(weight) for weight in experts.parameters()] == before
+
+
+def test_no_names_for_a_mixed_batch_are_the_active_adapters():
+    outermost = wrappers(ours(adapted(hf_models.tiny_model("qwen3_moe"))))[0]
+    x, index = torch.ones(3, hf_models.HIDDEN), torch.tensor([[0, 1], [2, 3], [1, 0]])
+    gates = torch.ones(3, 2)
+    got = outermost(x, index, gates, adapter_names=None)
+    assert torch.equal(got, outermost(x, index, gates))

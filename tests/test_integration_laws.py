@@ -195,6 +195,9 @@ def test_a_gate_that_reads_more_than_numbers_runs_as_it_is():
             return nn.functional.silu(h)
 
     assert _activation.fused_activation(Wide("another shape")) is None
+    unsaid = clamped(7.0, 1.702, 1.0)
+    del unsaid.is_concatenated
+    assert not _activation.fused_activation(unsaid).interleaved
     negative = clamped(7.0, 1.702, 1.0)
     negative.limit = -7.0
     assert _activation.fused_activation(negative) is None
