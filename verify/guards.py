@@ -1,9 +1,9 @@
 """Poisoned outputs and guard bands around every buffer.
 
 While `Guards` is active, every tensor that torch allocates through the dispatcher (empty, zeros,
-new_empty, ...) is a view into a larger buffer: the interior starts as NaN (integers: 1), and bands
-on both sides hold a pattern that must still be there afterwards. The mode travels with autograd
-into its backward threads.
+new_empty, ...) or copies is a view into a larger buffer: an empty interior starts as NaN (integers:
+1), and bands on both sides hold a pattern that must still be there afterwards. The mode travels
+with autograd into its backward threads.
 
 `shelter` gives inputs the same bands, and reports afterwards whether anything in them changed.
 
@@ -43,7 +43,11 @@ _FILLED = {
     _aten.full.default,
     _aten.full_like.default,
     _aten.new_full.default,
+    _aten.clone.default,
+    _aten._to_copy.default,
+    _aten.searchsorted.Tensor,
 }
+"""What makes a tensor of its own: its result is copied into a guarded buffer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

