@@ -11,7 +11,7 @@ from verify.commands.common import source_directory
 from verify.mutation_host import OPERATORS
 from verify.mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits
 from verify.mutation_targets import EQUIVALENT
-from verify.mutation_trials import SPECS, Task, Verdict, paths_of, trials
+from verify.mutation_trials import SPECS, SPOILED, Task, Verdict, paths_of, trials
 
 pytestmark = pytest.mark.correctness
 
@@ -173,11 +173,13 @@ def answering(connection, device):
         if task.id.startswith("stop"):
             raise SystemExit(3)
         connection.send("alive")
-        connection.send(Verdict(id=task.id, status=device, checks=1))
+        status = SPOILED if task.id.startswith("spoil") else device
+        connection.send(Verdict(id=task.id, status=status, checks=1))
 
 
-def test_silence_and_death_kill_a_mutant_that_does_it_twice():
-    tasks = [Task(id=name, file="", source="", checks=()) for name in ("a", "hang", "die", "b")]
+def test_silence_death_and_damage_kill_a_mutant_that_does_it_twice():
+    names = ("a", "hang", "die", "spoil", "b")
+    tasks = [Task(id=name, file="", source="", checks=()) for name in names]
     found = {}
     mutants.try_all(
         tasks,
@@ -191,10 +193,12 @@ def test_silence_and_death_kill_a_mutant_that_does_it_twice():
         "a": "survived",
         "hang": "killed",
         "die": "killed",
+        "spoil": "killed",
         "b": "survived",
     }
     assert found["hang"].killed_by == {"measure": "timeout"}
     assert found["die"].killed_by == {"measure": "crash"}
+    assert found["spoil"].killed_by == {"measure": "damage"}
 
 
 def test_a_worker_that_is_ended_otherwise_kills_nobody():

@@ -1,7 +1,8 @@
 """Mutation score: wrong kernels, and which of them the judge sees.
 
-They are made by hand and from the kernels' syntax trees. Worker processes try them; one that hangs
-or dies under a mutant is replaced, and the mutant counts as killed by that if it does it twice.
+They are made by hand and from the kernels' syntax trees. Worker processes try them; one that hangs,
+dies or is damaged under a mutant is replaced, and the mutant counts as killed by that if it does it
+twice.
 
 killed      a check fails that the unchanged package passes
 survived    no check fails
@@ -33,7 +34,7 @@ from .mutation_targets import (
     ROUTING_FILES,
     SKIPPED_FUNCTIONS,
 )
-from .mutation_trials import Task, Verdict, serve
+from .mutation_trials import SPOILED, Task, Verdict, serve
 from .spec import KernelSpec
 
 STATUSES = ("killed", "survived", "equivalent", "invalid")
@@ -217,7 +218,7 @@ def try_all(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["verify.mutation_trials"])
-    waiting, again = deque(tasks), set[str]()
+    waiting, again, spoiled = deque(tasks), set[str](), set[int]()
     workers = [_Worker.start(context, body, device) for _ in range(min(jobs, len(waiting)))]
     try:
         while waiting or any(worker.task for worker in workers):
@@ -232,12 +233,19 @@ def try_all(
             for ready in connections.wait(list(busy), timeout=1.0):
                 place = busy[ready]
                 verdict = _heard(workers[place], seconds)
-                if verdict is not None:
+                if verdict is not None and verdict.status != SPOILED:
+                    workers[place].task = None
                     found(verdict)
+                elif verdict is not None:
+                    spoiled.add(place)
             for place, worker in enumerate(workers):
                 late = worker.task is not None and time.monotonic() > worker.deadline
-                if worker.task is not None and (late or not worker.process.is_alive()):
-                    how = "timeout" if late else _crash(worker)
+                if place in spoiled or (
+                    worker.task is not None and (late or not worker.process.is_alive())
+                ):
+                    assert worker.task is not None, "a process is spoiled under a mutant"
+                    how = "timeout" if late else "damage" if place in spoiled else _crash(worker)
+                    spoiled.discard(place)
                     if worker.task.id in again:
                         found(_died(worker.task, how, seconds))
                     else:
@@ -270,14 +278,15 @@ def _heard(worker: _Worker, seconds: float) -> Verdict | None:
         worker.process.join(5)
         return None
     if isinstance(message, Verdict):
-        worker.task = None
         return message
     worker.deadline = time.monotonic() + seconds
     return None
 
 
 def _died(task: Task, how: str, seconds: float) -> Verdict:
-    """The unchanged package passes every check without hanging or dying: this mutant does not."""
+    """The unchanged package passes every check without hanging, dying or damaging its process: this
+    mutant does not, in two processes.
+    """
     return Verdict(
         id=task.id, status="killed", killed_by={"measure": how}, checks=1, seconds=seconds
     )

@@ -53,7 +53,7 @@ HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
         "group_bins",
         "row_tiles",
     ),
-    "_sizes.py": ("ceil_div", "next_power_of_two"),
+    "_sizes.py": ("ceil_div",),
     "_sort.py": ("sort_by_expert",),
     "autograd.py": ("linear_forward",),
     "layers/experts_mlp.py": ("mlp_forward", "_gate_grad"),
@@ -81,12 +81,6 @@ EQUIVALENT: Mapping[str, str] = {
     "_row_tiles.py:row_tiles_kernel:other:tl.load(offsets + bins, mask=bins <= experts, other=0) "
     "-> tl.load(offsets + bins, mask=bins <= experts, other=1)": (
         "sizes past the groups are replaced by 0 in the next line but one"
-    ),
-    "_sizes.py:next_power_of_two:arithmetic:value - 1 -> value + 1": (
-        "a larger block computes the same; tests/test_sizes.py states the value"
-    ),
-    "_sizes.py:next_power_of_two:arithmetic:value - 1 -> value": (
-        "a larger block computes the same; tests/test_sizes.py states the value"
     ),
     "_row_tiles.py:group_bins:constant:2 -> 3": (
         "bins past those of the groups are masked everywhere: more of them hold nothing"

@@ -34,6 +34,8 @@ SPECS: Mapping[str, KernelSpec] = {
 }
 """Every operation that mutants are checked by."""
 MUTANT = "mutant_of_scattermoe_lora"
+SPOILED = "spoiled"
+"""No verdict: the memory of the process is damaged, by this mutant or by an earlier one."""
 _LIKELY = (
     "tails",
     "scattered",
@@ -177,7 +179,9 @@ class Bench:
         return Verdict(**{**_as_dict(verdict), "seconds": round(time.monotonic() - start, 3)})
 
     def _judged(self, lib: ModuleType, task: Task) -> Verdict:
-        """The verdict; found again with nothing kept where what was kept is spoiled."""
+        """The verdict; found again with nothing kept where what was kept is spoiled, and none
+        where the process itself is.
+        """
         try:
             return self._search(lib, task)
         except SpoiledError:
@@ -185,7 +189,7 @@ class Bench:
         try:
             return self._search(lib, task)
         except SpoiledError as error:
-            return Verdict(id=task.id, status="survived", reason=str(error))
+            return Verdict(id=task.id, status=SPOILED, reason=str(error))
 
     def _search(self, lib: ModuleType, task: Task) -> Verdict:
         shared = Workbench() if task.routes else RightRoutings(self._right, self._known)
