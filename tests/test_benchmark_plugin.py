@@ -254,3 +254,20 @@ def test_without_comparing_nothing_is_decided(runs):
 def test_every_benchmark_of_a_suite_is_timed(runs, suite):
     result = runs(f"--bench-suite={suite}", "--benchmark-only")
     result.assert_outcomes(passed=len(cases_of(suite)))
+
+
+def test_a_comparison_that_is_refused_leaves_no_directory(runs, tmp_path, monkeypatch):
+    """A plugin that a conftest registers and that refuses is not asked to clean up."""
+
+    class Conftest(Inner):
+        def pytest_configure(self, config):
+            super().pytest_configure(config)
+            device = VirtualDevice(package=runs.package, gpu="")
+            config.pluginmanager.register(BenchmarkGate(device))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    words = ("-p", "no:cacheprovider", "--benchmark-compare")
+    result = runs.pytester.runpytest_inprocess(*words, plugins=[Conftest()])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert not list((tmp_path / "scratch").iterdir())

@@ -138,6 +138,26 @@ def test_unknown_names_are_refused_with_the_known_ones():
         cli.main(["--kernels", "nonsense", "--device", DEVICE])
 
 
+@pytest.mark.parametrize("option", [("--paths", "nonsense"), ("--modes", "lora-only")])
+def test_nothing_selected_is_no_success_and_leaves_records_alone(tmp_path, capsys, option):
+    file = tmp_path / "check.json"
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="nothing was selected"):
+        cli.main([*ARGUMENTS, "--json", str(file), "--renew", str(file), *option])
+    assert file.read_text() == "{}"
+    assert "passed" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device that is asked for is there")
+@pytest.mark.parametrize("command", ["check", "doctor", "fuzz", "replay", "tune"])
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(tmp_path, command, device):
+    words = [command, "--device", device, "--json", str(tmp_path / "record.json")]
+    with pytest.raises(SystemExit, match=f"^--device: device '{device}' was asked for"):
+        cli.main([*words, *(["file.json"] if command == "replay" else [])])
+    assert not list(tmp_path.iterdir())
+
+
 def test_summary_counts_every_status():
     statuses = ("passed", "failed", "error", "unavailable", "passed")
     blank = dict.fromkeys(("kernel", "path", "plan", "case", "dtype", "mode"), "")

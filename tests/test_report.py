@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sample_records
 
+from verify import cli
 from verify.html_report import page_of, render
 from verify.plots import Point, bars, lines, roofline
 from verify.report_records import collect
@@ -208,3 +209,11 @@ def test_the_page_works_in_a_browser(html, tmp_path, name, size):
         "folds": found["folds"], "turned": found["folds"], "wide": 0, "lost": 0, "small": 0,
         "title": "scattermoe_lora: what is verified",
     }  # fmt: skip
+
+
+@pytest.mark.correctness
+def test_directories_of_what_is_written_are_made(records, tmp_path):
+    files = [tmp_path / "new" / name / "report" for name in ("html", "markdown")]
+    words = ["report", str(records), "--html", str(files[0]), "--markdown", str(files[1])]
+    assert cli.main(words) == 0
+    assert all(file.stat().st_size for file in files)

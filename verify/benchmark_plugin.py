@@ -111,7 +111,7 @@ class BenchmarkGate:
         self._base: Path | None = None
         self._measured: dict[str, BenchCase] = {}
         self._skipped: dict[str, str] = {}
-        self._scratch = Path(tempfile.mkdtemp(prefix="benchmark-gate-"))
+        self._scratch: Path | None = None
         self._lines: list[str] = []
         self._status = 0
 
@@ -185,6 +185,7 @@ class BenchmarkGate:
         try:
             if revision in _UNKNOWN:
                 raise ValueError("the baseline states no revision; --bench-against gives its place")
+            self._scratch = Path(tempfile.mkdtemp(prefix="benchmark-gate-"))
             tree = self._device.tree(revision, self._scratch / "base")
             if digest(tree) != commit.get("sources"):
                 raise ValueError(
@@ -295,7 +296,8 @@ class BenchmarkGate:
 
     def pytest_unconfigure(self) -> None:
         """Remove the sources of the baseline."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 _COUNTED = ("same", "improvement", "regression", "ambiguous", "unmeasured")

@@ -144,14 +144,19 @@ def main(arguments: argparse.Namespace) -> int:
                 progress.update(task, description=name, advance=1)
         complete = True
     finally:
-        recorder.write(complete=complete)
+        if recorder.outcomes:
+            recorder.write(complete=complete)
+    if not recorder.outcomes:
+        raise SystemExit("nothing was selected: no kernel has these cases, dtypes, modes and paths")
     if arguments.renew:
         old = json.loads(arguments.renew.read_text())
         write_json(arguments.renew, renewed(old, plain(recorder.record(complete=complete))))
-    seconds = time.monotonic() - start
-    print_report(Console(), recorder.outcomes, seconds=seconds, replays=replays.commands)
-    if not recorder.outcomes:
-        raise SystemExit("nothing was selected")
+    print_report(
+        Console(),
+        recorder.outcomes,
+        seconds=time.monotonic() - start,
+        replays=replays.commands,
+    )
     wrong = any(not outcome.ok for outcome in recorder.outcomes)
     return int(_absent(selection, recorder.outcomes, device, console) or wrong)
 

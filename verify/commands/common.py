@@ -37,13 +37,16 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def prepare(device: str | None) -> torch.device:
-    """Choose the device, before Triton is imported."""
-    return torch.device(prepare_interpreter(device) if device in (None, "cpu") else _cuda(device))
+    """Choose the device, before Triton is imported.
 
-
-def _cuda(device: str) -> str:
-    prepare_interpreter(device)
-    return device
+    Raises:
+        SystemExit: there is no such device.
+    """
+    try:
+        chosen = prepare_interpreter(device)
+        return torch.device(chosen if device in (None, "cpu") else device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device: {error}") from None
 
 
 def package() -> ModuleType:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common
+from .common import add_common, prepare
 
 _STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 
@@ -23,6 +23,8 @@ def main(arguments: argparse.Namespace) -> int:
     from ..environment import environment
     from ..records import SCHEMA, write_json
 
+    if arguments.device:
+        prepare(arguments.device)
     facts = gather()
     found = diagnose(facts)
     table = Table(title="environment", title_justify="left", show_lines=False)

@@ -98,9 +98,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def too_large(shared_memory: int, capability: tuple[int, int]) -> list[str]:
-    """Plans that the heuristic would choose on a GPU with so little shared memory, and that do
-    not fit.
+    """Plans that are offered for a GPU with so little shared memory, in bytes, and that do not
+    fit, in sentences.
     """
+    from ..run import dtype_name
+
     lib = package()
     module = importlib.import_module(f"{lib.__name__}.plan")
     small = lib.Device(
@@ -120,9 +122,8 @@ def too_large(shared_memory: int, capability: tuple[int, int]) -> list[str]:
                     needed = module.stage_bytes(plan.tile, dtype) * plan.tile.stages
                     if needed > shared_memory:
                         found.append(
-                            """Plans offered for a GPU with so little shared memory that do not
-                            fit it, in sentences.
-                            """
-                            f"and a block has {shared_memory}"
+                            f"{operation.value} of {dtype_name(dtype)} is offered {plan.tile}, "
+                            f"which needs {needed} bytes of shared memory, and a block has "
+                            f"{shared_memory}"
                         )
     return list(dict.fromkeys(found))

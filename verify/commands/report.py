@@ -45,6 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
     if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         with arguments.markdown.open("a") as file:
             file.write(markdown)
     if arguments.json:

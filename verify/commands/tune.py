@@ -8,34 +8,56 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .common import add_common, package, prepare, source_directory
+from .common import _words, add_common, check_names, package, prepare, source_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
-    parser.add_argument("--models", default="", metavar="A,B", help="built-in names or configs")
-    parser.add_argument("--tokens", default="2048,8192", metavar="T,T")
-    parser.add_argument("--ranks", default="16", metavar="R,R")
-    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B")
+    parser.add_argument(
+        "--models",
+        type=_words,
+        default=(),
+        metavar="A,B",
+        help="built-in names or configurations; without a GPU `tiny`, unless stated",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_integers,
+        default=(),
+        metavar="T,T",
+        help="2048,8192, or 24 without a GPU, unless stated",
+    )
+    parser.add_argument("--ranks", type=_integers, default=(16,), metavar="R,R", help="16")
+    parser.add_argument(
+        "--dtypes", type=_words, default=("bfloat16",), metavar="A,B", help="bfloat16"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="samples per candidate")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile ahead, or 0")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop searching after that")
     parser.add_argument(
-        "--table", type=Path, help="where to write (default: this machine's own table)"
+        "--table", type=Path, help="where to write (default: the own table of this GPU)"
     )
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
 def main(arguments: argparse.Namespace) -> int:
-    """Search, print what was found, write the table; 1 if a candidate was wrong."""
+    """Search, print what was found, write the table; 1 if a candidate was wrong.
+
+    Raises:
+        SystemExit: an option names nothing that is known, or there is no GPU and no --table.
+    """
     device = prepare(arguments.device)
-    from ..bench_cases import BUILT_IN
+    from ..bench_cases import BUILT_IN, shape_of
     from ..environment import environment
+    from ..inputs import DTYPES
     from ..records import SCHEMA, fingerprints, write_json
     from ..specs import KERNELS
     from ..tune import Trial, clock_for, compile_ahead, search, targets
@@ -44,11 +66,24 @@ def main(arguments: argparse.Namespace) -> int:
     plan_table = importlib.import_module(f"{lib.__name__}.plan_table")
     start = time.monotonic()
     console = Console(stderr=True)
+    gpu = device.type == "cuda"
+    if not (gpu or arguments.table):
+        raise SystemExit(
+            "tune times plans on a GPU, and there is none in use; --table FILE tries the search in "
+            "Triton's interpreter, whose times say nothing of a GPU"
+        )
+    check_names("dtypes", arguments.dtypes, DTYPES)
+    models = arguments.models or (BUILT_IN if gpu else ("tiny",))
+    try:
+        for name in models:
+            shape_of(name)
+    except ValueError as error:
+        raise SystemExit(f"--models: {error}") from None
     wanted = targets(
-        [name for name in arguments.models.split(",") if name] or list(BUILT_IN),
-        [int(tokens) for tokens in arguments.tokens.split(",")],
-        [int(rank) for rank in arguments.ranks.split(",")],
-        [getattr(torch, name) for name in arguments.dtypes.split(",")],
+        models,
+        arguments.tokens or ((2048, 8192) if gpu else (24,)),
+        arguments.ranks,
+        [DTYPES[name] for name in arguments.dtypes],
     )
     record: dict[str, Any] = {
         "schema": SCHEMA,
@@ -59,7 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
         "fingerprint": fingerprints(source_directory(), KERNELS),
         "plans": [],
     }
-    if arguments.jobs and device.type == "cuda":
+    if arguments.jobs and gpu:
         for failure in compile_ahead(wanted, device, arguments.jobs):
             console.print(f"does not run: {failure}", markup=False)
     facts = lib.Device.of(device)
