@@ -104,6 +104,11 @@ def _fill(
     swapped = version_swaps(version, transposed=transposed)
     waiting = [wrapper for wrapper in chain.adapting if adapter in wrapper.lora_A]
     for pair in pairs.values():
+        if len(pair) < 2:
+            there, absent = ("A", "B") if "A" in pair else ("B", "A")
+            raise ValueError(
+                f"the checkpoint holds lora_{there} without lora_{absent} for {chain.name}"
+            )
         fitting = [entry for entry in waiting if _fits(entry, chain.experts, pair, swapped=swapped)]
         if len(fitting) != 1:
             sizes = {name: list(value.shape) for name, value in pair.items()}
@@ -122,8 +127,15 @@ def _fill(
             transposed=transposed,
         )
         a, b = to_peft(lora, swapped=wrapper_swaps(wrapper), transposed=transposed)
-        wrapper.lora_A[adapter].weight.copy_(a)
-        wrapper.lora_B[adapter].weight.copy_(b)
+        for factor, value in (("lora_A", a), ("lora_B", b)):
+            parameter = getattr(wrapper, factor)[adapter].weight
+            if parameter.shape != value.shape:
+                raise ValueError(
+                    f"the checkpoint's {factor} of {chain.name}.{wrapper.parameter_name} has shape "
+                    f"{list(value.shape)}, the adapter has {list(parameter.shape)}: the rank or "
+                    "the number of experts is another"
+                )
+            parameter.copy_(value)
     if waiting:
         names = ", ".join(wrapper.parameter_name for wrapper in waiting)
         raise ValueError(f"the checkpoint holds no factors for {names} of {chain.name}")

@@ -14,6 +14,8 @@ from ..quant import FourBit, four_bit
 
 PACKED_ELEMENTS = 2**24
 """Elements that are packed at a time, where one expert has fewer."""
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Elements per scale that bitsandbytes packs with."""
 NESTED_BLOCKSIZE = 256
 """Scales per second-level scale, as in bitsandbytes."""
 
@@ -73,6 +75,21 @@ def parametrised(module: nn.Module, name: str) -> Parametrised | None:
         if original is not None and getattr(entry, "quant_state", None) is not None:
             return Parametrised(packed=original.data, parametrisation=entry)
     return None
+
+
+def check_settings(quant_type: str, blocksize: int) -> None:
+    """Refuse what bitsandbytes cannot pack, before anything is packed.
+
+    Raises:
+        ValueError: quant_type is neither nf4 nor fp4, or blocksize is no power of two in 32..4096.
+    """
+    if quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type of experts must be 'nf4' or 'fp4', got {quant_type!r}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(
+            f"blocksize of experts must be one of {', '.join(map(str, BLOCKSIZES))}, "
+            f"got {blocksize}"
+        )
 
 
 def quantized(

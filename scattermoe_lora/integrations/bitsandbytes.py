@@ -64,7 +64,7 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
         settings: those of BitsAndBytesConfig; bnb_4bit_quant_type is "nf4" here by default.
 
     Raises:
-        ValueError: load_in_8bit.
+        ValueError: load_in_8bit, or a type or blocksize that bitsandbytes does not have.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class ExpertsQuantizationConfig(BitsAndBytesConfig):
         self.experts_nested = (
             self.bnb_4bit_use_double_quant if experts_nested is None else experts_nested
         )
+        _four_bit.check_settings(self.experts_quant_type, self.experts_blocksize)
 
     def to_dict(self) -> dict[str, Any]:
         """As saved, without the load_in_* flags, by which transformers knows its own format."""
@@ -221,8 +222,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             packed = _four_bit.parametrised(module, parameter)
             if packed is None:
                 raise ValueError(
-                    f"{name} is dense although the model's format is {METHOD}: unmerge, or merge "
-                    "with requantize=True, before saving"
+                    f"{name} is dense although the model's format is {METHOD}: unmerge before "
+                    "saving, and merge anew with requantize=True to save what is merged"
                 )
             prefix = name.removesuffix(parameter)
             for key in [key for key in state if key == name or key.startswith(f"{name}.")]:
@@ -302,9 +303,11 @@ def quantize_experts(
         device: where to pack, and to leave the packed bytes; by default where each stack is.
 
     Raises:
+        ValueError: quant_type or blocksize is none that bitsandbytes has.
         ValueError, UnsupportedExpertsError: as `experts_modules`.
         TypeError: a stack is stored in another packed format.
     """
+    _four_bit.check_settings(quant_type, blocksize)
     rows = []
     for name, module, parameter in list(_stacks(model)):
         if _four_bit.parametrised(module, parameter) is not None:

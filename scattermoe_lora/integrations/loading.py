@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .transformers import KEY, experts_modules
 
@@ -34,8 +35,11 @@ def load_model(
 
     Raises:
         UnsupportedExpertsError: the model has experts that this layer does not compute.
-        ValueError: the model has no experts; or as `integrations.peft.attach`.
+        ValueError: the model has no experts; a setting that the other arguments decide is given; or
+            as `integrations.peft.attach`.
+        TypeError: quantization or lora is no configuration.
     """
+    _check(quantization, lora, settings)
     from . import bitsandbytes as _  # noqa: F401 - a saved packed model is read by its registration
 
     if quantization is not None:
@@ -47,3 +51,25 @@ def load_model(
     from .peft import adapt
 
     return adapt(model, lora)
+
+
+def _check(quantization: Any, lora: Any, settings: dict[str, Any]) -> None:
+    """Refuse, before anything is loaded, what would fail after it or be ignored."""
+    if quantization is not None and not isinstance(quantization, QuantizationConfigMixin | dict):
+        raise TypeError(
+            "quantization must be an ExpertsQuantizationConfig or another quantisation "
+            f"configuration of transformers, got {type(quantization).__name__}"
+        )
+    if quantization is not None and "quantization_config" in settings:
+        raise ValueError("quantization and quantization_config are both given: pass one of them")
+    if settings.get("experts_implementation", KEY) != KEY:
+        raise ValueError(
+            f"experts_implementation must be {KEY!r} here, got "
+            f"{settings['experts_implementation']!r}"
+        )
+    settings.pop("experts_implementation", None)
+    if lora is not None:
+        from peft import LoraConfig
+
+        if not isinstance(lora, LoraConfig):
+            raise TypeError(f"lora must be a peft.LoraConfig, got {type(lora).__name__}")

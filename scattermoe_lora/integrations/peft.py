@@ -11,6 +11,7 @@ undoes it.
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,15 @@ def adapt(model: nn.Module, config: LoraConfig, *, adapter_name: str = "default"
             without target_modules, every expert parameter is adapted. It is not changed.
 
     Raises:
-        ValueError, UnsupportedExpertsError: as `attach`, and what PEFT refuses.
+        ValueError, UnsupportedExpertsError: as `attach`, and what PEFT refuses; the model is as it
+            was then.
     """
     config = copy.deepcopy(config)
     if not config.target_parameters and not config.target_modules:
         config.target_modules = []
         config.target_parameters = expert_parameters(model)
-    adapted = new_wrappers(model, config, adapter_name)
-    attach(adapted)
+    with _new_adapter(model, config, adapter_name) as adapted:
+        attach(adapted)
     return adapted
 
 
@@ -242,14 +244,15 @@ def load_adapter(
 
     Raises:
         ValueError: the version is not known; factors and parameters do not fit; or as `attach`.
+            The model is as it was then.
     """
     directory = Path(directory)
     version = written_version(directory, written_by)
     config = PeftConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
-    adapted = new_wrappers(model, config, adapter_name)
-    attach(adapted)
-    load_factors(adapted, directory, adapter_name, version)
+    with _new_adapter(model, config, adapter_name) as adapted:
+        attach(adapted)
+        load_factors(adapted, directory, adapter_name, version)
     return adapted
 
 
@@ -261,14 +264,20 @@ def merge(
     Args:
         adapters: names; the active ones by default. Adapters that are merged already stay merged.
         requantize: quantise merged experts again, in their own format; the report states the error
-            that this adds. Otherwise quantised experts become dense.
+            that this adds. Otherwise quantised experts become dense, and stay so until unmerged.
 
     Raises:
-        ValueError: nothing is attached.
+        ValueError: nothing is attached, or a name is that of no adapter on an expert parameter.
     """
-    rows = []
-    for name, wrapper in _attached(model):
-        names = check_adapters_to_merge(wrapper, None if adapters is None else list(adapters))
+    rows, attached = [], list(_attached(model))
+    chosen = [adapters] if isinstance(adapters, str) else adapters
+    known = sorted({name for _, wrapper in attached for name in wrapper.lora_A})
+    if unknown := [name for name in chosen or () if name not in known]:
+        raise ValueError(
+            f"adapters to merge: {', '.join(map(repr, unknown))} is none of {', '.join(known)}"
+        )
+    for name, wrapper in attached:
+        names = check_adapters_to_merge(wrapper, None if chosen is None else list(chosen))
         error = _merge.merge_wrapper(wrapper, names, requantize=requantize)
         rows.append(
             MergeRow(
@@ -290,6 +299,26 @@ def unmerge(model: nn.Module) -> None:
     for _, wrapper in _attached(model):
         if wrapper.merged:
             wrapper.unmerge()
+
+
+@contextmanager
+def _new_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[PeftModel]:
+    """PEFT's wrappers for a configuration, taken off again where the body fails."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapted = new_wrappers(model, config, adapter_name)
+    try:
+        yield adapted
+    except BaseException:
+        if adapted is model:
+            adapted.delete_adapter(adapter_name)
+        else:
+            tuner: Any = adapted.base_model
+            tuner.unload()
+            # PEFT marks the model that it wraps.
+            vars(model).pop("peft_config", None)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        raise
 
 
 def _attached(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:

@@ -1,0 +1,147 @@
+"""What the integrations refuse: in a sentence, before any work, with nothing half done."""
+
+import json
+
+import hf_models
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from peft import LoraConfig
+from test_adapter_laws import EXPERTS, NAMES, facts, model_of
+from test_peft import randomise
+from transformers import BitsAndBytesConfig
+
+import scattermoe_lora.integrations.transformers as layer
+from scattermoe_lora.integrations import bitsandbytes as packing
+from scattermoe_lora.integrations import loading
+from scattermoe_lora.integrations import peft as adapters
+
+pytestmark = [pytest.mark.correctness, pytest.mark.hf]
+
+
+def config(**settings):
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, **settings})
+
+
+def state(model):
+    """What the model is made of, which of it trains, and what it computes."""
+    trains = {name: value.requires_grad for name, value in model.named_parameters()}
+    return facts(model), trains
+
+
+def tensors(model):
+    """Every parameter and buffer, copied."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    """Whether two models hold the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def unlisted(model):
+    model.set_experts_implementation("eager")
+    return config(target_modules=["q_proj"], target_parameters=[f"{EXPERTS}.{NAMES[0]}"])
+
+
+def misnamed(model):
+    return config(target_modules=[], target_parameters=[f"{EXPERTS}.{NAMES[0]}", "nonsense"])
+
+
+@pytest.mark.parametrize(("made", "words"), [(unlisted, "'eager'"), (misnamed, "'nonsense'")])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_adapting_that_fails_leaves_the_model_as_it_was(made, words, packed):
+    model = model_of(packed=packed)
+    asked = made(model)
+    before = state(model)
+    with pytest.raises(ValueError, match=words):
+        adapters.adapt(model, asked)
+    assert state(model) == before
+    model.set_experts_implementation(layer.KEY)
+    assert adapters.coverage(adapters.adapt(model, config())).adapted == 2
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+def test_loading_that_fails_leaves_the_model_as_it_was(rank, beside, tmp_path):
+    """A checkpoint of another rank, or of another number of experts."""
+    adapters.adapt(model_of(), config()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": rank}))
+    model = model_of() if rank == 8 else model_of(num_experts=2)
+    if beside:
+        model = adapters.adapt(model, config(r=2))
+        randomise(model, seed=3)
+    before, values = state(model), tensors(model)
+    with pytest.raises(ValueError, match=r"lora_A of .*gate_up_proj has shape .*, the adapter has"):
+        adapters.load_adapter(model, tmp_path, adapter_name="second")
+    assert state(model) == before
+    assert same(tensors(model), values)
+
+
+def test_a_factor_without_the_other_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapters.adapt(model_of(), config()).save_pretrained(tmp_path)
+    file = str(tmp_path / "adapter_model.safetensors")
+    factors = load_file(file)
+    left = {name: value for name, value in factors.items() if "base_layer.lora_B" not in name}
+    assert len(left) == len(factors) - 1
+    save_file(left, file)
+    with pytest.raises(ValueError, match=r"lora_A without lora_B for .*experts"):
+        adapters.load_adapter(model_of(), tmp_path)
+
+
+@pytest.mark.parametrize("names", ["nonsense", ["default", "nonsense"]], ids=str)
+def test_merging_an_adapter_that_is_not_there_is_refused(names):
+    model = adapters.adapt(model_of(), config())
+    with pytest.raises(ValueError, match="'nonsense' is none of default"):
+        adapters.merge(model, names)
+    assert all(not row.adapters for row in adapters.merge(model, []).rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"quantization": "nf4"}, TypeError, "quantization must be .*, got str"),
+        ({"lora": {"r": 4}}, TypeError, "lora must be a peft.LoraConfig, got dict"),
+        ({"experts_implementation": "eager"}, ValueError, "got 'eager'"),
+        (
+            {
+                "quantization": packing.ExpertsQuantizationConfig(),
+                "quantization_config": BitsAndBytesConfig(load_in_4bit=True),
+            },
+            ValueError,
+            "quantization and quantization_config are both given",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_loading_refuses_settings_before_it_loads(settings, error, words):
+    class Model:
+        @staticmethod
+        def from_pretrained(*names, **settings):
+            raise AssertionError("nothing was to be loaded")
+
+    with pytest.raises(error, match=words):
+        loading.load_model("name", model_class=Model, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_type": "int4"}, "quant_type of experts must be 'nf4' or 'fp4', got 'int4'"),
+        ({"blocksize": 0}, "blocksize of experts must be one of 32, .*, got 0"),
+        ({"blocksize": 48}, "blocksize of experts must be one of 32, .*, got 48"),
+    ],
+)
+def test_formats_that_are_not_there_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        packing.quantize_experts(hf_models.tiny_model("qwen3_moe"), **settings)
+    with pytest.raises(ValueError, match=words):
+        packing.ExpertsQuantizationConfig(
+            **{f"experts_{name}": value for name, value in settings.items()}
+        )
