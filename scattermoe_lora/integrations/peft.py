@@ -306,14 +306,14 @@ def _new_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Ite
     """PEFT's wrappers for a configuration, taken off again where the body fails."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     adapted = new_wrappers(model, config, adapter_name)
+    had_adapters = adapted is model
     try:
         yield adapted
     except BaseException:
-        if adapted is model:
+        if had_adapters:
             adapted.delete_adapter(adapter_name)
         else:
-            tuner: Any = adapted.base_model
-            tuner.unload()
+            adapted.unload()
             # PEFT marks the model that it wraps.
             vars(model).pop("peft_config", None)
         for parameter, trains in trained:
