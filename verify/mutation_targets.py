@@ -103,8 +103,23 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/glu.py:gate_and_up:branch:CLAMPED -> True": (
         "without CLAMPED the limit is infinite, and clamping at infinity changes no value"
     ),
-    "ops/glu.py:gate_and_up:comparison:u > limit -> (u >= limit)": (
-        "at the limit itself the derivative from either side is right, and the value is the same"
+    "ops/glu.py:gate_and_up:comparison:u > limit -> u >= limit": (
+        "clipping the limit itself to the limit changes no value"
+    ),
+    "ops/glu.py:gate_and_up:comparison:u < -limit -> u <= -limit": (
+        "clipping the limit itself to the limit changes no value"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:comparison:expert < experts -> "
+    "(expert <= experts)": (
+        "ids not known are refused on a CPU; tests/test_quant.py decodes some, and sees it"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load( outer_absmax + base // "
+    "OUTER_BLOCKSIZE + outer_distance, mask=inside, other=0.0 ) -> tl.load(outer_absmax + base // "
+    "OUTER_BLOCKSIZE + outer_dista...inside, other=float('nan'))": (
+        "the values of words that are not inside are not stored"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:group_r.to(tl.int64) -> group_r": (
+        "within one matrix there are fewer than 2^31 scales"
     ),
     "ops/rows.py:group_kernel:comparison:expert < experts -> expert <= experts #2": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"

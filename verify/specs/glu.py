@@ -145,11 +145,15 @@ def glu_gradient(
 
 
 def _near_limit(activation: GatedActivation, gate: Uncertain, up: Uncertain) -> Tensor:
-    """Where gate or up may be on the other side of the limit: there the derivative jumps."""
+    """Where gate or up may be on the other side of the limit: there the derivative jumps.
+
+    At the limit itself the derivative is that inside, as torch.clamp has it; a value that is exact
+    has no other side.
+    """
 
     def near(x: Uncertain, bound: float) -> Tensor:
         distance = (x.value.double() - bound).abs()
-        return distance.square() <= _NEAR**2 * x.variance
+        return (distance.square() <= _NEAR**2 * x.variance) & (x.variance > 0)
 
     limit = activation.limit
     return near(gate, limit) | near(up, limit) | near(up, -limit)
