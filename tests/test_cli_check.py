@@ -133,6 +133,25 @@ def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):
     assert record["outcomes"][0]["reason"] == "RuntimeError: out of memory"
 
 
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (("fuzz", "--seconds", "0"), "--seconds: 0 is not above 0"),
+        (("fuzz", "--minutes", "-5"), "--minutes: -5 is not above 0"),
+        (("fuzz", "--workers", "0"), "--workers: 0 is not at least 1"),
+        (("calibrate", "--groups", "0"), "--groups: 0 is not at least 1"),
+        (("gate", "--minutes", "nan"), "--minutes: nan is not above 0"),
+        (("check", "--workers", "1.5"), "--workers: invalid count value: '1.5'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_amount_of_nothing_is_refused(capsys, words, refusal):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    assert ended.value.code == 2
+    assert refusal in capsys.readouterr().err
+
+
 def test_unknown_names_are_refused_with_the_known_ones():
     with pytest.raises(SystemExit, match=r"nonsense is none of .*scatter2scatter"):
         cli.main(["--kernels", "nonsense", "--device", DEVICE])

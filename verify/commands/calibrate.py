@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common, package, prepare, source_directory
+from .common import add_common, count, package, prepare, source_directory
 
 _GROUPS = 100_000
 _DRAWS = 20
@@ -27,8 +27,8 @@ _INTERVAL = 10.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
-    parser.add_argument("--groups", type=int, default=_GROUPS, metavar="N", help="judge so many")
-    parser.add_argument("--draws", type=int, default=_DRAWS, metavar="N", help="cases per fault")
+    parser.add_argument("--groups", type=count, default=_GROUPS, metavar="N", help="judge so many")
+    parser.add_argument("--draws", type=count, default=_DRAWS, metavar="N", help="cases per fault")
     parser.add_argument("--no-kernels", action="store_true", help="simulated pipelines alone")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
 

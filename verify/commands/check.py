@@ -18,6 +18,7 @@ from .common import (
     add_common,
     add_selection,
     check_names,
+    count,
     package,
     prepare,
     source_directory,
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     add_selection(parser)
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes; on a CPU one per core, on a GPU one"
+        "--workers", type=count, metavar="N", help="processes; on a CPU one per core, on a GPU one"
     )
     parser.add_argument(
         "--renew",

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .common import PACKAGE
+from .common import PACKAGE, count
 
 _INTERVAL = 10.0
 _ACCEPT = "`python -m verify compile --accept`"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-baseline", action="store_true", help="only what is demanded of every kernel"
     )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes")
+    parser.add_argument("--jobs", type=count, default=0, metavar="N", help="processes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

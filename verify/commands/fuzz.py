@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
-from .common import _words, add_common, check_names, prepare, source_directory
+from .common import _words, add_common, check_names, count, positive, prepare, source_directory
 
 _FOREVER = 10.0**9
 _PER_GPU = 4
@@ -23,8 +23,8 @@ _PER_GPU = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
-    parser.add_argument("--seconds", type=float, help="how long; until stopped, unless stated")
-    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument("--seconds", type=positive, help="how long; until stopped, unless stated")
+    parser.add_argument("--minutes", type=positive, help="the same in minutes")
     parser.add_argument(
         "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
     )
@@ -39,12 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tree", type=Path, metavar="DIR", help="directory of another copy of the package to run"
     )
-    parser.add_argument("--workers", type=int, help="processes per GPU (4), or on the CPU (1)")
+    parser.add_argument("--workers", type=count, help="processes per GPU (4), or on the CPU (1)")
     parser.add_argument(
-        "--patience", type=float, default=30.0, help="seconds after which a launch counts as hung"
+        "--patience",
+        type=positive,
+        default=30.0,
+        help="seconds after which a launch counts as hung",
     )
     parser.add_argument(
-        "--shrink-seconds", type=float, default=60.0, help="how long each finding is shrunk"
+        "--shrink-seconds", type=positive, default=60.0, help="how long each finding is shrunk"
     )
     parser.add_argument(
         "--sanitize",

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import PACKAGE, add_common, prepare, source_directory
+from .common import PACKAGE, add_common, count, positive, prepare, source_directory
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare today's sources with themselves in 10 processes, and publish the rates",
     )
     parser.add_argument("--names", type=_words, default=(), metavar="GLOB,..", help="by name")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long (8)")
+    parser.add_argument("--minutes", type=positive, default=8.0, help="stop after so long (8)")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="exactly so many processes of each benchmark"
+        "--processes", type=count, metavar="N", help="exactly so many processes of each benchmark"
     )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record has")
     parser.add_argument(
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rates", type=Path, metavar="FILE", help="only compute the rates of stored samples"
     )
-    parser.add_argument("--draws", type=int, default=2000, help="suites drawn for the rates")
+    parser.add_argument("--draws", type=count, default=2000, help="suites drawn for the rates")
     parser.add_argument("--list", action="store_true", help="only name the benchmarks")
     parser.add_argument(
         "--ahead",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common, check_names, prepare, source_directory
+from .common import add_common, check_names, count, prepare, source_directory
 
 _FAST_PER_KERNEL = 0
 _FAST_CHECKS = 30
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checks", type=int, metavar="N", help="give up on a generated mutant after N checks"
     )
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes")
+    parser.add_argument("--jobs", type=count, default=0, metavar="N", help="processes")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import _words, add_common, check_names, package, prepare, source_directory
+from .common import _words, add_common, check_names, package, positive, prepare, source_directory
 
 _STYLES = {"passed": "green", "failed": "bold red", "unavailable": "yellow", "waiting": "dim"}
 
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stages", type=_words, default=(), metavar="A,B", help="only these")
     parser.add_argument("--again", action="store_true", help="run stages that passed, too")
-    parser.add_argument("--fuzz-minutes", type=float, default=5.0)
-    parser.add_argument("--tune-minutes", type=float, default=8.0)
-    parser.add_argument("--bench-minutes", type=float, default=10.0)
+    parser.add_argument("--fuzz-minutes", type=positive, default=5.0)
+    parser.add_argument("--tune-minutes", type=positive, default=8.0)
+    parser.add_argument("--bench-minutes", type=positive, default=10.0)
     parser.add_argument(
         "--shared-memory",
         type=int,

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from .common import add_common, prepare
+from .common import add_common, positive, prepare
 
 _CANNOT = 2
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of the package to run; the one of the finding, unless stated",
     )
     parser.add_argument(
-        "--patience", type=float, default=30.0, help="seconds until it counts as hung"
+        "--patience", type=positive, default=30.0, help="seconds until it counts as hung"
     )
 
 

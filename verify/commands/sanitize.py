@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .common import _words, add_common, check_names, package, prepare, source_directory
+from .common import (
+    _words,
+    add_common,
+    check_names,
+    count,
+    package,
+    positive,
+    prepare,
+    source_directory,
+)
 
 _CANNOT = 2
 
@@ -24,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tools", type=_words, default=(), metavar="A,B", help="all, unless stated"
     )
     parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
-    parser.add_argument("--minutes", type=float, help="start no batch after so long")
-    parser.add_argument("--batch", type=int, default=100, help="launches per process")
+    parser.add_argument("--minutes", type=positive, help="start no batch after so long")
+    parser.add_argument("--batch", type=count, default=100, help="launches per process")
     parser.add_argument("--tree", type=Path, metavar="DIR", help="another copy of the package")
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .common import add_common, check_names, prepare, source_directory
+from .common import add_common, check_names, count, prepare, source_directory
 
 _KERNELS = ("experts_mlp", "dequantize_four_bit")
 
@@ -18,7 +18,7 @@ _KERNELS = ("experts_mlp", "dequantize_four_bit")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
-    parser.add_argument("--steps", type=int, help="300 on a GPU and 30 on a CPU, unless stated")
+    parser.add_argument("--steps", type=count, help="300 on a GPU and 30 on a CPU, unless stated")
     parser.add_argument(
         "--arms", default="lora,nf4", metavar="A,B", help="lora: 16-bit experts; nf4: packed ones"
     )

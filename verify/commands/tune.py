@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .common import _words, add_common, check_names, package, prepare, source_directory
+from .common import (
+    _words,
+    add_common,
+    check_names,
+    count,
+    package,
+    positive,
+    prepare,
+    source_directory,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtypes", type=_words, default=("bfloat16",), metavar="A,B", help="bfloat16"
     )
     parser.add_argument("--rounds", type=int, default=7, help="samples per candidate")
-    parser.add_argument("--jobs", type=int, default=12, help="processes that compile ahead, or 0")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop searching after that")
+    parser.add_argument("--jobs", type=count, default=12, help="processes that compile ahead, or 0")
+    parser.add_argument("--minutes", type=positive, default=8.0, help="stop searching after that")
     parser.add_argument(
         "--table", type=Path, help="where to write (default: the own table of this GPU)"
     )
