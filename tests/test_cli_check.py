@@ -140,7 +140,7 @@ def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):
         (("fuzz", "--minutes", "-5"), "--minutes: -5 is not above 0"),
         (("fuzz", "--workers", "0"), "--workers: 0 is not at least 1"),
         (("calibrate", "--groups", "0"), "--groups: 0 is not at least 1"),
-        (("gate", "--minutes", "nan"), "--minutes: nan is not above 0"),
+        (("gate", "--processes", "-1"), "--processes: -1 is not at least 1"),
         (("check", "--workers", "1.5"), "--workers: invalid count value: '1.5'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

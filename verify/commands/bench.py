@@ -14,7 +14,7 @@ from ..bench_cases import BUILT_IN, KINDS, ROUTINGS, BenchCase, Grid, targets
 from ..bench_report import print_benchmarks
 from ..peers import PEERS
 from ..timing import Effort, clock_of
-from .common import add_common, check_names, package, positive, prepare, source_directory
+from .common import add_common, check_names, package, prepare, source_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", action=argparse.BooleanOptionalAction, default=True, help="measure beside peers"
     )
     parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
-    parser.add_argument("--minutes", type=positive, help="stop after so long; --resume goes on")
+    parser.add_argument("--minutes", type=float, help="stop after so long; --resume goes on")
     parser.add_argument("--quick", action="store_true", help="a fifth of the samples")
     parser.add_argument(
         "--ahead",

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import PACKAGE, add_common, count, positive, prepare, source_directory
+from .common import PACKAGE, add_common, count, prepare, source_directory
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare today's sources with themselves in 10 processes, and publish the rates",
     )
     parser.add_argument("--names", type=_words, default=(), metavar="GLOB,..", help="by name")
-    parser.add_argument("--minutes", type=positive, default=8.0, help="stop after so long (8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long (8)")
     parser.add_argument(
         "--processes", type=count, metavar="N", help="exactly so many processes of each benchmark"
     )
