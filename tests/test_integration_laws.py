@@ -103,9 +103,10 @@ def test_one_call_passes_on_what_it_is_given():
             calls.append((name, settings))
             return hf_models.tiny_model("qwen3_moe") if name == "experts" else nn.Linear(2, 2)
 
-    model = loading.load_model("experts", model_class=Source, quantization="packed", revision="x")
+    packed = {"load_in_4bit": True}
+    model = loading.load_model("experts", model_class=Source, quantization=packed, revision="x")
     settings = {"revision": "x", "experts_implementation": layer.KEY}
-    assert calls == [("experts", {**settings, "quantization_config": "packed"})]
+    assert calls == [("experts", {**settings, "quantization_config": packed})]
     assert isinstance(model, nn.Module)
     loading.load_model("experts", model_class=Source, revision="x")
     assert calls[1:] == [("experts", settings)]
