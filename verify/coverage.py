@@ -80,18 +80,16 @@ class Coverage:
 
     def __init__(self) -> None:
         self._seen: Counter[str] = Counter()
+        self.paths: set[str] = set()
+        """The paths launched so far, as "kernel [path]": asked for before each launch."""
 
     def add(self, found: Iterable[str]) -> bool:
         """Count features; whether one of them is new."""
         found = tuple(found)
         new = any(feature not in self._seen for feature in found)
         self._seen.update(found)
+        self.paths.update("{1} [{2}]".format(*feature.split("|")) for feature in found)
         return new
-
-    @property
-    def paths(self) -> set[str]:
-        """The paths launched so far, as "kernel [path]"."""
-        return {"{1} [{2}]".format(*feature.split("|")) for feature in self._seen}
 
     @property
     def total(self) -> int:

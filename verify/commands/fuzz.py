@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Run a campaign; 1 if there are findings, or a long one did not reach every path."""
     device = prepare(arguments.device)
-    from ..coverage import enough_to_reach_all, missing_paths
+    from ..coverage import enough_to_reach_all
     from ..fuzz import Campaign
     from ..fuzz_summary import markdown, print_summary, progress, record
     from ..records import fingerprints, write_json
@@ -100,10 +100,8 @@ def main(arguments: argparse.Namespace) -> int:
         (directory / "fuzz.md").write_text(markdown(values, directory))
     print_summary(Console(), campaign)
     wrong = [entry for entry in values.get("sanitized", ()) if entry["status"] != "passed"]
-    reached = campaign.coverage.paths
-    unreached = missing_paths(campaign.pools, reached)
-    launches = campaign.counts.launches
-    starved = unreached and enough_to_reach_all(launches, len(reached) + len(unreached))
+    unreached, launches = values["summary"]["unreached_paths"], campaign.counts.launches
+    starved = unreached and enough_to_reach_all(launches, len(values["paths"]) + len(unreached))
     return int(bool(campaign.findings or wrong or starved) or not launches)
 
 
