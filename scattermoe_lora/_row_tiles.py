@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._interpreter import require_supported
-from ._launch import Launcher
+from ._launch import Launch
 from ._sizes import next_power_of_two
 
 ROW_TILES = (16, 32, 64, 128)
@@ -60,17 +60,18 @@ def row_tiles(offsets: Tensor, *, rows: int, experts: int) -> Tensor:
     tiles = offsets.new_empty(shape)
     if rows:
         require_supported(torch.int32, offsets.device)
-        bins = group_bins(experts)
-        row_tiles_launcher(
+        _launch(group_bins(experts))(
             (experts + 2, 1, 1),
             offsets.device,
             (tiles, offsets, rows, experts),
-            form=(),
-            pointers=offsets.data_ptr(),
-            warps=4,
-            BINS=bins,
+            offsets.data_ptr(),
         )
     return tiles
+
+
+@lru_cache(maxsize=4096)
+def _launch(bins: int) -> Launch:
+    return Launch(row_tiles_kernel, warps=4, BINS=bins)
 
 
 @triton.jit(do_not_specialize=["rows", "experts"])
@@ -108,6 +109,3 @@ def write_group_tiles(tiles, sizes, group, rows, experts, BINS: tl.constexpr):
             tl.store(entry + 2, zeros + begin, mask=inside)
             tl.store(entry + 3, zeros + end, mask=inside)
         table += capacity
-
-
-row_tiles_launcher = Launcher(row_tiles_kernel)

@@ -11,6 +11,7 @@ and the row-tile tables.
 # Device code is Triton's language, not Python's.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._interpreter import require_supported
-from ._launch import Launcher
+from ._launch import Launch
 from ._row_tiles import group_bins, row_tile_entries, write_group_tiles
 from ._sizes import ceil_div
 
@@ -52,27 +53,22 @@ def sort_by_expert(ids: Tensor, experts: int) -> Sorted:
         return result
     require_supported(torch.int32, ids.device)
     pointers = ids.data_ptr()
-    count_launcher(
-        (chunks, 1, 1),
-        ids.device,
-        (ids, counts, rows, experts),
-        form=(ids.dtype,),
-        pointers=pointers,
-        warps=4,
-        BINS=bins,
-        CHUNK=chunk,
+    _launch(count_kernel, bins, chunk, ids.dtype)(
+        (chunks, 1, 1), ids.device, (ids, counts, rows, experts), pointers
     )
-    place_launcher(
+    _launch(place_kernel, bins, chunk, ids.dtype)(
         (chunks + experts + 2, 1, 1),
         ids.device,
         (ids, counts, slots, expert_of_row, offsets, tiles, rows, experts, chunks),
-        form=(ids.dtype,),
-        pointers=pointers,
-        warps=4,
-        BINS=bins,
-        CHUNK=chunk,
+        pointers,
     )
     return result
+
+
+@lru_cache(maxsize=4096)
+def _launch(kernel: triton.JITFunction, bins: int, chunk: int, dtype: torch.dtype) -> Launch:
+    del dtype
+    return Launch(kernel, warps=4, BINS=bins, CHUNK=chunk)
 
 
 @triton.jit
@@ -134,7 +130,3 @@ def place_kernel(
         if group == 0:
             tl.store(offsets + bins, begin, mask=bins <= experts)
         write_group_tiles(tiles, sizes, group, rows, experts, BINS)
-
-
-count_launcher = Launcher(count_kernel)
-place_launcher = Launcher(place_kernel)

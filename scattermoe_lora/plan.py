@@ -35,6 +35,8 @@ from ._sizes import next_power_of_two, power_of_two
 class Path(enum.StrEnum):
     """The algorithm that computes an operation."""
 
+    __hash__ = str.__hash__
+
     TILES = "tiles"
     """One product over per-expert row tiles."""
     FUSED = "fused"
@@ -53,6 +55,8 @@ class Path(enum.StrEnum):
 
 class Operation(enum.StrEnum):
     """What a plan is for."""
+
+    __hash__ = str.__hash__
 
     SCATTER2SCATTER = "scatter2scatter"
     SHRINK = "shrink"
@@ -74,6 +78,8 @@ PATHS: dict[Operation, tuple[Path, ...]] = {
 
 class Precision(enum.StrEnum):
     """How fp32 operands are multiplied; 16-bit operands are exact in either."""
+
+    __hash__ = str.__hash__
 
     IEEE = "ieee"
     TF32 = "tf32"

@@ -25,6 +25,8 @@ from ._sort import sort_by_expert
 class RowOrder(enum.Enum):
     """How the rows of an operand are laid out."""
 
+    __hash__ = object.__hash__
+
     TOKEN = "token"
     """[tokens, ...]: row t is token t; each row is used by `top_k` slots."""
     SLOT = "slot"

@@ -1,5 +1,7 @@
 """What the launchers demand of their operands, stated once."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -114,35 +116,30 @@ def w_map(weight: Tensor) -> str:
     """
     if weight.data_ptr() % 16:
         return ""
-    if (
-        weight.stride(1) == 1
-        and _aligned(weight, weight.stride(2))
-        and weight.shape[1] * weight.itemsize >= 16
-    ):
+    return _stack_map(weight.shape, weight.stride(), weight.itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _stack_map(shape: torch.Size, strides: tuple[int, ...], itemsize: int) -> str:
+    expert, row, column = strides
+    if row == 1 and _aligned(expert, column, itemsize) and shape[1] * itemsize >= 16:
         return "nk"
-    if (
-        weight.stride(2) == 1
-        and _aligned(weight, weight.stride(1))
-        and weight.shape[2] * weight.itemsize >= 16
-    ):
+    if column == 1 and _aligned(expert, row, itemsize) and shape[2] * itemsize >= 16:
         return "kn"
     return ""
 
 
 def addressable(x: Tensor) -> bool:
     """Whether a tensor map can address the rows of x."""
-    return (
-        x.data_ptr() % 16 == 0
-        and x.stride(1) == 1
-        and x.stride(0) > 0
-        and x.stride(0) * x.itemsize % 16 == 0
-        and x.shape[1] * x.itemsize >= 16
-    )
+    if x.data_ptr() % 16:
+        return False
+    row, column = x.stride()
+    size = x.itemsize
+    return column == 1 and row > 0 and row * size % 16 == 0 and x.shape[1] * size >= 16
 
 
-def _aligned(weight: Tensor, row_stride: int) -> bool:
-    strides = (weight.stride(0), row_stride)
-    return all(stride > 0 and stride * weight.itemsize % 16 == 0 for stride in strides)
+def _aligned(expert: int, row: int, itemsize: int) -> bool:
+    return all(stride > 0 and stride * itemsize % 16 == 0 for stride in (expert, row))
 
 
 def fits_grouped_mm(x: Tensor, *stacks: Tensor) -> bool:

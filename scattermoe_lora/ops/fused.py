@@ -13,7 +13,6 @@ order.
 import triton
 import triton.language as tl
 
-from .._launch import Launcher
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 
@@ -101,6 +100,3 @@ def fused_kernel(
         slot = tile_rows(slots, row, end, 1, False, BLOCK_M)
         acc *= tl.load(row_scale + slot).to(tl.float32)[:, None]
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
-
-
-fused_launcher = Launcher(fused_kernel)

@@ -15,6 +15,7 @@ interleaved columns. A TANH gate has alpha 1 and shift 0.
 import enum
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._interpreter import require_supported
-from .._launch import Launcher
+from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
@@ -31,6 +32,8 @@ from ._tile import matrix
 
 class Gate(enum.StrEnum):
     """The nonlinearity on the gate half."""
+
+    __hash__ = str.__hash__
 
     SIGMOID = "sigmoid"
     TANH = "tanh"
@@ -69,25 +72,12 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
     _check_h(h)
     act = h.new_empty((h.shape[0], h.shape[1] // 2))
     if act.numel():
-        block = _block(act.shape[1])
-        glu_forward_launcher(
-            (h.shape[0], ceil_div(act.shape[1], block), 1),
+        width = act.shape[1]
+        _launch(glu_forward_kernel, width, activation, h.dtype, h.stride())(
+            (h.shape[0], ceil_div(width, _block(width)), 1),
             h.device,
-            (
-                matrix(h),
-                matrix(act),
-                act.shape[1],
-                activation.alpha,
-                activation.shift,
-                activation.limit,
-            ),
-            form=(h.dtype, h.stride(), h.shape[1]),
-            pointers=h.data_ptr(),
-            warps=4,
-            TANH=activation.gate is Gate.TANH,
-            CLAMPED=math.isfinite(activation.limit),
-            INTERLEAVED=activation.interleaved,
-            BLOCK=block,
+            (matrix(h), matrix(act), width, activation.alpha, activation.shift, activation.limit),
+            h.data_ptr(),
         )
     return act
 
@@ -120,9 +110,15 @@ def glu_backward(
     act = h.new_empty(dact.shape)
     dgates = h.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
-        gates = None if gates is None else gates.reshape(-1)
+        width = dact.shape[1]
         pointers = h.data_ptr() | dact.data_ptr() | routing.slots.data_ptr()
-        glu_backward_launcher(
+        gates_form = None
+        if gates is not None:
+            gates = gates.reshape(-1)
+            gates_form = gates.dtype
+            pointers |= gates.data_ptr()
+        form = (h.dtype, h.stride(), dact.stride(), gates_form)
+        _launch(glu_backward_kernel, width, activation, *form)(
             (routing.rows, 1, 1),
             h.device,
             (
@@ -133,26 +129,29 @@ def glu_backward(
                 matrix(act),
                 dgates,
                 routing.slots,
-                dact.shape[1],
+                width,
                 activation.alpha,
                 activation.shift,
                 activation.limit,
             ),
-            form=(
-                h.dtype,
-                h.stride(),
-                h.shape[1],
-                dact.stride(),
-                None if gates is None else gates.dtype,
-            ),
-            pointers=pointers if gates is None else pointers | gates.data_ptr(),
-            warps=4,
-            TANH=activation.gate is Gate.TANH,
-            CLAMPED=math.isfinite(activation.limit),
-            INTERLEAVED=activation.interleaved,
-            BLOCK=_block(dact.shape[1]),
+            pointers,
         )
     return dh, act, dgates
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    kernel: triton.JITFunction, width: int, activation: Activation, *form: object
+) -> Launch:
+    del form
+    return Launch(
+        kernel,
+        warps=4,
+        TANH=activation.gate is Gate.TANH,
+        CLAMPED=math.isfinite(activation.limit),
+        INTERLEAVED=activation.interleaved,
+        BLOCK=_block(width),
+    )
 
 
 @triton.jit
@@ -271,9 +270,3 @@ def _check_h(h: Tensor) -> None:
 
 def _block(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 1024)
-
-
-glu_forward_launcher = Launcher(glu_forward_kernel)
-
-
-glu_backward_launcher = Launcher(glu_backward_kernel)

@@ -8,15 +8,17 @@ each output tile, so there are no atomics, the sum runs in row order, and an exp
 gets exact zeros.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import Launcher
+from .._launch import Launch
 from .._sizes import ceil_div
-from ..plan import Plan
+from ..plan import Plan, Precision, Tile
 from ..routing import Routing, RowOrder
 from ._tile import Matrix, Stack, matrix, stack
 
@@ -132,17 +134,18 @@ def launch_gram(
     second = rest[0] if rest else None
     programs = _programs(first[4], routing, plan)
     total = programs + (0 if second is None else _programs(second[4], routing, plan))
-    _, p_order, _, q_order, _ = second if second is not None else first
+    pointers = routing.slots.data_ptr() | routing.offsets.data_ptr()
+    scale_form = None
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
-    pointers = routing.slots.data_ptr() | routing.offsets.data_ptr()
-    pointers |= 0 if row_scale is None else row_scale.data_ptr()
-    form: tuple[Any, ...] = (None if row_scale is None else row_scale.dtype,)
-    for p, p_row, q, q_row, out in products:
+        scale_form = row_scale.dtype
+        pointers |= row_scale.data_ptr()
+    forms = []
+    for p, p_order, q, q_order, out in products:
         pointers |= p.data_ptr() | q.data_ptr()
-        form += (p.dtype, p.stride(), q.stride(), out.dtype, out.stride(), out.shape[1:])
-        form += (routing.fan_out(p_row), routing.fan_out(q_row))
-    gram_launcher(
+        operands = (p.dtype, p.stride(), q.stride(), out.dtype, out.stride(), out.shape)
+        forms.append((p_order is RowOrder.EXPERT, q_order is RowOrder.EXPERT, operands))
+    _launch(tile, plan.precision, routing.top_k, scale_form, *forms)(
         (total, 1, 1),
         routing.device,
         (
@@ -153,15 +156,31 @@ def launch_gram(
             routing.offsets,
             programs,
         ),
-        form=form,
-        pointers=pointers,
+        pointers,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    tile: Tile,
+    precision: Precision,
+    top_k: int,
+    scale: torch.dtype | None,
+    first: tuple[Any, ...],
+    second: tuple[Any, ...] | None = None,
+) -> Launch:
+    """The launch for a form: of each product whether p and q are in expert order, and the rest."""
+    del top_k, scale
+    second = second or first
+    return Launch(
+        gram_kernel,
         warps=tile.warps,
         stages=tile.stages,
-        FIRST_P_BY_EXPERT=first[1] is RowOrder.EXPERT,
-        FIRST_Q_BY_EXPERT=first[3] is RowOrder.EXPERT,
-        SECOND_P_BY_EXPERT=p_order is RowOrder.EXPERT,
-        SECOND_Q_BY_EXPERT=q_order is RowOrder.EXPERT,
-        PRECISION=plan.precision.value,
+        FIRST_P_BY_EXPERT=first[0],
+        FIRST_Q_BY_EXPERT=first[1],
+        SECOND_P_BY_EXPERT=second[0],
+        SECOND_Q_BY_EXPERT=second[1],
+        PRECISION=precision.value,
         BLOCK_M=tile.block_m,
         BLOCK_P=tile.block_k,
         BLOCK_Q=tile.block_n,
@@ -188,6 +207,3 @@ def _gram(product: tuple[Tensor, RowOrder, Tensor, RowOrder, Tensor], routing: R
         out.shape[1],
         out.shape[2],
     )
-
-
-gram_launcher = Launcher(gram_kernel)

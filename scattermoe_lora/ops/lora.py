@@ -7,19 +7,20 @@ The input gradient is the forward product of dy with weight and adapter transpos
 """
 
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .._launch import Launch
 from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Operation, Path, Plan
+from ..plan import Operation, Path, Plan, Precision, Tile
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
 from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
 from ._tile import matrix, stack
-from .fused import fused_launcher
+from .fused import fused_kernel
 from .grouped_mm import by_expert, grouped, grouped_product, zero_dropped
 from .product import (
     Rows,
@@ -194,9 +195,9 @@ def _summed(
 
 def as_operand(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor in the dtype of the product, copied where no matrix dimension is contiguous."""
-    if 1 in factor.stride()[-2:]:
-        return factor.to(dtype)
-    return factor.to(dtype).contiguous()
+    if factor.dtype != dtype:
+        factor = factor.to(dtype)
+    return factor if 1 in factor.stride()[-2:] else factor.contiguous()
 
 
 def _shrink(
@@ -231,17 +232,21 @@ def _fused(
     bias, row_scale = rows.bias, rows.row_scale
     pointers = x.data_ptr() | weight.data_ptr() | down.data_ptr() | up.data_ptr()
     pointers |= routing.slots.data_ptr()
-    form: tuple[Any, ...] = (x.dtype, x.stride(), weight.stride(), down.stride(), up.stride())
-    form += (weight.shape[1], width, rank, routing.fan_out(rows.source))
+    by_expert = rows.source is RowOrder.EXPERT
+    bias_form = scale_form = None
     if bias is not None:
+        bias_form = (bias.dtype, bias.stride())
         pointers |= bias.data_ptr()
-        form += (bias.dtype, bias.stride())
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
+        scale_form = row_scale.dtype
         pointers |= row_scale.data_ptr()
-        form += (row_scale.dtype,)
     first_entry, count = row_tile_range(routing.rows, routing.experts, tile.block_m)
-    fused_launcher(
+    _fused_launch(
+        tile, plan.precision, by_expert, rows.target is RowOrder.EXPERT, rank,
+        x.dtype, x.stride(), weight.stride(), down.stride(), up.stride(), weight.shape[1], width,
+        routing.fan_out(rows.source), bias_form, scale_form,
+    )(
         (count * ceil_div(width, tile.block_n), 1, 1),
         x.device,
         (
@@ -262,16 +267,30 @@ def _fused(
             rank,
             float(scaling),
         ),
-        form=(*form, bias is None),
-        pointers=pointers,
+        pointers,
+    )  # fmt: skip
+    return y, low
+
+
+@lru_cache(maxsize=4096)
+def _fused_launch(
+    tile: Tile,
+    precision: Precision,
+    x_by_expert: bool,  # noqa: FBT001
+    y_by_expert: bool,  # noqa: FBT001
+    rank: int,
+    *form: object,
+) -> Launch:
+    del form
+    return Launch(
+        fused_kernel,
         warps=tile.warps,
         stages=tile.stages,
-        X_BY_EXPERT=rows.source is RowOrder.EXPERT,
-        Y_BY_EXPERT=rows.target is RowOrder.EXPERT,
-        PRECISION=plan.precision.value,
+        X_BY_EXPERT=x_by_expert,
+        Y_BY_EXPERT=y_by_expert,
+        PRECISION=precision.value,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_R=max(next_power_of_two(rank), 16),
     )
-    return y, low

@@ -1,10 +1,13 @@
 """Launcher of the routed product."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._launch import Launch
 from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import (
@@ -27,10 +30,10 @@ from ._check import (
     check_weight,
     w_map,
 )
-from ._tile import Stack, matrix, stack
+from ._tile import Matrix, Stack, matrix, stack
 from .grouped_mm import grouped_product
 from .rows import group
-from .scatter2scatter import scatter2scatter_launcher
+from .scatter2scatter import scatter2scatter_kernel
 
 
 class Rows(NamedTuple):
@@ -198,40 +201,45 @@ def _launch(
             "the plan loads W through a tensor map, but W has shape "
             f"{list(weight.shape)}, strides {list(weight.stride())} and cannot be addressed by one"
         )
-    by_expert = rows.source is RowOrder.EXPERT
+    source, target, bias, row_scale = rows
+    by_expert = source is RowOrder.EXPERT
     x_map = tile.x_descriptor and by_expert and addressable(x)
-    bias, row_scale = rows.bias, rows.row_scale
     block_experts, k, n = weight.shape
-    fan_out = routing.fan_out(rows.source)
-    pointers = x.data_ptr() | weight.data_ptr() | routing.slots.data_ptr()
-    form: tuple[Any, ...] = (x.dtype, x.stride(), weight.stride(), k, n, fan_out)
-    left = right = None
+    fan_out = routing.fan_out(source)
+    slots = routing.slots
+    pointers = x.data_ptr() | weight.data_ptr() | slots.data_ptr()
+    left = right = left_form = right_form = bias_form = scale_form = None
     rank = 0
     if low_rank is not None:
-        left, right = low_rank
-        rank = right.shape[1]
-        pointers |= right.data_ptr()
-        form += (left.stride(), right.stride())
+        low, up = low_rank
+        rank = up.shape[1]
+        left_form, right_form = low.stride(), up.stride()
+        left, right = Matrix(low, *left_form), Stack(up, *right_form)
+        pointers |= up.data_ptr()
     if bias is not None:
+        bias_form = (bias.dtype, bias.stride())
         pointers |= bias.data_ptr()
-        form += (bias.dtype, bias.stride())
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
+        scale_form = row_scale.dtype
         pointers |= row_scale.data_ptr()
-        form += (row_scale.dtype,)
+    launch = _product(
+        tile, precision, layout, x_map, by_expert, target is RowOrder.EXPERT, rank, k, n, fan_out,
+        x.dtype, x.stride(), weight.stride(), left_form, right_form, bias_form, scale_form,
+    )  # fmt: skip
     first_entry, count = row_tile_range(routing.rows, routing.experts, tile.block_m)
-    scatter2scatter_launcher(
+    launch(
         (count * ceil_div(n, tile.block_n), 1, 1),
         x.device,
         (
             row_operand(x, tile) if x_map else matrix(x),
             weight_operand(weight, layout, tile),
             None if bias is None else matrix(bias),
-            None if left is None else matrix(left),
-            None if right is None else stack(right),
+            left,
+            right,
             row_scale,
             matrix(y),
-            routing.slots,
+            slots,
             routing.tiles,
             first_entry,
             first_expert,
@@ -242,12 +250,30 @@ def _launch(
             rank,
             float(scale),
         ),
-        form=(*form, left is None, bias is None),
-        pointers=pointers,
+        pointers,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _product(
+    tile: Tile,
+    precision: Precision,
+    layout: str,
+    x_map: bool,  # noqa: FBT001
+    by_expert: bool,  # noqa: FBT001
+    y_by_expert: bool,  # noqa: FBT001
+    rank: int,
+    k: int,
+    *form: object,
+) -> Launch:
+    """The launch for a form; form: what the kernel specialises on besides."""
+    del form
+    return Launch(
+        scatter2scatter_kernel,
         warps=tile.warps,
         stages=tile.stages,
         X_BY_EXPERT=by_expert,
-        Y_BY_EXPERT=rows.target is RowOrder.EXPERT,
+        Y_BY_EXPERT=y_by_expert,
         X_DESCRIPTOR=x_map,
         W_DESCRIPTOR=layout,
         EVEN_K=k % tile.block_k == 0,
@@ -268,11 +294,26 @@ def weight_operand(weight: Tensor, layout: str, tile: Tile) -> Stack | TensorDes
     """W as the kernel takes it: pointer and strides, or a tensor map over [experts, ., .]."""
     if not layout:
         return stack(weight)
-    stored = weight.mT if layout == "nk" else weight
-    inner = (tile.block_n, tile.block_k) if layout == "nk" else (tile.block_k, tile.block_n)
-    return TensorDescriptor(stored, list(stored.shape), list(stored.stride()), [1, *inner])
+    if layout == "nk":
+        return tensor_map(weight.mT, (1, tile.block_n, tile.block_k))
+    return tensor_map(weight, (1, tile.block_k, tile.block_n))
 
 
 def row_operand(x: Tensor, tile: Tile) -> TensorDescriptor:
     """Rows in expert order as a tensor map [rows, K]."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.block_m, tile.block_k])
+    return tensor_map(x, (tile.block_m, tile.block_k))
+
+
+def tensor_map(base: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """A tensor map of `base` with blocks of that shape; Triton checks one of each form only."""
+    described: TensorDescriptor = object.__new__(TensorDescriptor)
+    described.__dict__.update(_described(base.shape, base.stride(), base.dtype, block), base=base)
+    return described
+
+
+@lru_cache(maxsize=4096)
+def _described(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, block: tuple[int, ...]
+) -> dict[str, Any]:
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return vars(TensorDescriptor(like, list(shape), list(strides), list(block)))

@@ -9,15 +9,15 @@ repeats the reduction over Z, so this is the cross-check of the Gram path, and i
 nothing was saved.
 """
 
-from typing import Any
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import Launcher
+from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Plan
+from ..plan import Plan, Precision, Tile
 from ..routing import Routing, RowOrder
 from ._tile import matrix, stack
 
@@ -104,14 +104,16 @@ def launch_recompute(
     rank = factor.shape[2]
     pointers = p.data_ptr() | z.data_ptr() | factor.data_ptr()
     pointers |= routing.slots.data_ptr() | routing.offsets.data_ptr()
-    form: tuple[Any, ...] = (p.dtype, p.stride(), z.stride(), factor.stride(), out.dtype)
-    form += (out.stride(), out.shape[1], z.shape[1], rank)
-    form += (routing.fan_out(p_order), routing.fan_out(z_order))
+    scale_form = None
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
+        scale_form = row_scale.dtype
         pointers |= row_scale.data_ptr()
-        form += (row_scale.dtype,)
-    recompute_launcher(
+    _launch(
+        tile, plan.precision, p_order is RowOrder.EXPERT, z_order is RowOrder.EXPERT, rank,
+        p.dtype, p.stride(), z.stride(), factor.stride(), out.dtype, out.stride(),
+        out.shape[1], z.shape[1], routing.top_k, scale_form,
+    )(
         (routing.experts * ceil_div(out.shape[1], tile.block_k), 1, 1),
         routing.device,
         (
@@ -129,19 +131,30 @@ def launch_recompute(
             rank,
             float(scaling),
         ),
-        form=form,
-        pointers=pointers,
+        pointers,
+    )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    tile: Tile,
+    precision: Precision,
+    p_by_expert: bool,  # noqa: FBT001
+    z_by_expert: bool,  # noqa: FBT001
+    rank: int,
+    *form: object,
+) -> Launch:
+    del form
+    return Launch(
+        recompute_kernel,
         warps=tile.warps,
         stages=tile.stages,
-        P_BY_EXPERT=p_order is RowOrder.EXPERT,
-        Z_BY_EXPERT=z_order is RowOrder.EXPERT,
-        PRECISION=plan.precision.value,
+        P_BY_EXPERT=p_by_expert,
+        Z_BY_EXPERT=z_by_expert,
+        PRECISION=precision.value,
         BLOCK_M=tile.block_m,
         BLOCK_P=tile.block_k,
         BLOCK_Z=64,
         BLOCK_R=max(next_power_of_two(rank), 16),
     )
-    return out
-
-
-recompute_launcher = Launcher(recompute_kernel)

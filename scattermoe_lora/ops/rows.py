@@ -7,12 +7,14 @@
 An element of a result belongs to one program, which sums in fp32 and rounds once.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import Launcher
+from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_row_scale, check_rows, check_same
@@ -37,11 +39,16 @@ def group(
         raise ValueError("source must be RowOrder.TOKEN or RowOrder.SLOT, got RowOrder.EXPERT")
     out = x.new_empty((routing.rows, x.shape[1]))
     if out.numel():
-        block_n = _columns(x.shape[1])
-        scale = None if row_scale is None else row_scale.reshape(-1)
+        width = x.shape[1]
+        fan_out = routing.fan_out(source)
         pointers = x.data_ptr() | routing.slots.data_ptr() | routing.expert_of_row.data_ptr()
-        group_launcher(
-            (routing.rows, ceil_div(x.shape[1], block_n), 1),
+        scale = scale_form = None
+        if row_scale is not None:
+            scale = row_scale.reshape(-1)
+            scale_form = scale.dtype
+            pointers |= scale.data_ptr()
+        _group(width, x.dtype, x.stride(), scale_form, fan_out)(
+            (routing.rows, ceil_div(width, _columns(width)), 1),
             routing.device,
             (
                 matrix(x),
@@ -49,22 +56,19 @@ def group(
                 matrix(out),
                 routing.slots,
                 routing.expert_of_row,
-                routing.fan_out(source),
+                fan_out,
                 routing.experts,
-                x.shape[1],
+                width,
             ),
-            form=(
-                x.dtype,
-                x.stride(),
-                x.shape[1],
-                None if scale is None else scale.dtype,
-                routing.fan_out(source),
-            ),
-            pointers=pointers if scale is None else pointers | scale.data_ptr(),
-            warps=4,
-            BLOCK_N=block_n,
+            pointers,
         )
     return out
+
+
+@lru_cache(maxsize=4096)
+def _group(width: int, *form: object) -> Launch:
+    del form
+    return Launch(group_kernel, warps=4, BLOCK_N=_columns(width))
 
 
 @triton.jit(do_not_specialize=["experts"])
@@ -108,31 +112,26 @@ def combine(
     else:
         check_same("out", out, "y", y)
     if out.numel():
-        block_n = _columns(y.shape[1])
-        gates = None if gates is None else gates.reshape(-1)
+        width = y.shape[1]
         pointers = y.data_ptr() | out.data_ptr()
-        combine_launcher(
-            (routing.tokens, ceil_div(y.shape[1], block_n), 1),
+        gates_form = None
+        if gates is not None:
+            gates = gates.reshape(-1)
+            gates_form = gates.dtype
+            pointers |= gates.data_ptr()
+        _combine(width, routing.top_k, y.dtype, y.stride(), out.stride(), gates_form)(
+            (routing.tokens, ceil_div(width, _columns(width)), 1),
             routing.device,
-            (
-                matrix(y),
-                gates,
-                matrix(out),
-                y.shape[1],
-            ),
-            form=(
-                y.dtype,
-                y.stride(),
-                out.stride(),
-                y.shape[1],
-                None if gates is None else gates.dtype,
-            ),
-            pointers=pointers if gates is None else pointers | gates.data_ptr(),
-            warps=4,
-            TOP_K=routing.top_k,
-            BLOCK_N=block_n,
+            (matrix(y), gates, matrix(out), width),
+            pointers,
         )
     return out
+
+
+@lru_cache(maxsize=4096)
+def _combine(width: int, top_k: int, *form: object) -> Launch:
+    del form
+    return Launch(combine_kernel, warps=4, TOP_K=top_k, BLOCK_N=_columns(width))
 
 
 @triton.jit
@@ -164,22 +163,20 @@ def combine_grad(y: Tensor, dout: Tensor, routing: Routing) -> Tensor:
         raise ValueError(f"y has width {y.shape[1]} but dout has {dout.shape[1]}")
     grad = y.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
-        combine_grad_launcher(
+        width = y.shape[1]
+        _combine_grad(width, routing.top_k, y.dtype, y.stride(), dout.stride())(
             (routing.rows, 1, 1),
             routing.device,
-            (
-                matrix(y),
-                matrix(dout),
-                grad,
-                routing.top_k,
-                y.shape[1],
-            ),
-            form=(y.dtype, y.stride(), dout.stride(), y.shape[1], routing.top_k),
-            pointers=y.data_ptr() | dout.data_ptr(),
-            warps=4,
-            BLOCK_N=_columns(y.shape[1]),
+            (matrix(y), matrix(dout), grad, routing.top_k, width),
+            y.data_ptr() | dout.data_ptr(),
         )
     return grad
+
+
+@lru_cache(maxsize=4096)
+def _combine_grad(width: int, *form: object) -> Launch:
+    del form
+    return Launch(combine_grad_kernel, warps=4, BLOCK_N=_columns(width))
 
 
 @triton.jit
@@ -197,12 +194,3 @@ def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
 
 def _columns(width: int) -> int:
     return min(max(next_power_of_two(width), 64), 2048)
-
-
-group_launcher = Launcher(group_kernel)
-
-
-combine_launcher = Launcher(combine_kernel)
-
-
-combine_grad_launcher = Launcher(combine_grad_kernel)

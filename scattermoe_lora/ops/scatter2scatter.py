@@ -13,7 +13,6 @@ Qwen3-30B or OLMoE gains 2 to 3%, and with tensor maps Mixtral's would lose 6%.
 import triton
 import triton.language as tl
 
-from .._launch import Launcher
 from ._tile import DROPPED, UNUSED, locate, tile_rows
 
 HALVED_FROM = tl.constexpr(128)
@@ -176,6 +175,3 @@ def scatter2scatter_kernel(
         X_BY_EXPERT, Y_BY_EXPERT, X_DESCRIPTOR, W_DESCRIPTOR, EVEN_K, PRECISION,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-
-
-scatter2scatter_launcher = Launcher(scatter2scatter_kernel)

@@ -6,14 +6,14 @@
 The rows are those of expert e; an expert without rows gets exact zeros.
 """
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import Launcher
+from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import Operation, Path, Plan, current_precision
 from ..plan_table import plan_for
@@ -25,6 +25,8 @@ from .gram import launch_gram
 from .grouped_mm import by_expert, grouped_gram
 from .lora import as_operand
 from .recompute import launch_recompute
+
+_BIAS_COLUMNS = 128
 
 
 def lora_weight_grad(
@@ -196,15 +198,16 @@ def expert_bias_grad(
     check_row_scale("row_scale", row_scale, routing)
     width = dy.shape[1]
     out = dy.new_empty((routing.experts, width), dtype=torch.float32)
-    block_n = 128
     pointers = dy.data_ptr() | routing.slots.data_ptr() | routing.offsets.data_ptr()
-    form: tuple[Any, ...] = (dy.dtype, dy.stride(), width, routing.fan_out(dy_order))
+    scale_form = None
     if row_scale is not None:
         row_scale = row_scale.reshape(-1)
+        scale_form = row_scale.dtype
         pointers |= row_scale.data_ptr()
-        form += (row_scale.dtype,)
-    expert_bias_grad_launcher(
-        (routing.experts, ceil_div(width, block_n), 1),
+    fan_out = routing.fan_out(dy_order)
+    by_expert = dy_order is RowOrder.EXPERT
+    _bias_launch(by_expert, dy.dtype, dy.stride(), width, fan_out, scale_form)(
+        (routing.experts, ceil_div(width, _BIAS_COLUMNS), 1),
         dy.device,
         (
             matrix(dy),
@@ -212,17 +215,20 @@ def expert_bias_grad(
             matrix(out),
             routing.slots,
             routing.offsets,
-            routing.fan_out(dy_order),
+            fan_out,
             width,
         ),
-        form=form,
-        pointers=pointers,
-        warps=4,
-        BY_EXPERT=dy_order is RowOrder.EXPERT,
-        BLOCK_M=32,
-        BLOCK_N=block_n,
+        pointers,
     )
     return out
+
+
+@lru_cache(maxsize=4096)
+def _bias_launch(by_expert: bool, *form: object) -> Launch:  # noqa: FBT001
+    del form
+    return Launch(
+        expert_bias_grad_kernel, warps=4, BY_EXPERT=by_expert, BLOCK_M=32, BLOCK_N=_BIAS_COLUMNS
+    )
 
 
 @triton.jit
@@ -257,6 +263,3 @@ def expert_bias_grad_kernel(
             tile *= tl.load(row_scale + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
         acc += tl.sum(tile, axis=0)
     tl.store(out.ptr + expert * out.row + n * out.col, acc, mask=n < N)
-
-
-expert_bias_grad_launcher = Launcher(expert_bias_grad_kernel)
