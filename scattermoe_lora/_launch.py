@@ -47,10 +47,20 @@ class Launch:
         pointers: the addresses of the tensors, or-ed; the variant is remembered for 16-byte aligned
             ones.
         """
-        index = device.index
+        if INTERPRETED or device.index == torch.cuda.current_device():
+            self._launch(grid, device.index, args, pointers)
+            return
+        with torch.cuda.device(device):
+            self._launch(grid, device.index, args, pointers)
+
+    def _launch(
+        self, grid: tuple[int, int, int], index: int | None, args: tuple[Any, ...], pointers: int
+    ) -> None:
         variant = self._variants.get(index)
-        if variant is None or pointers & 15 or index != torch.cuda.current_device():
-            self._dispatch(grid, device, args, pointers)
+        if variant is None or pointers & 15:
+            variant = self._dispatched(grid, args)
+            if not INTERPRETED and not pointers & 15:
+                self._variants[index] = variant
         elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             variant[grid](*args, *self._values)
         else:
@@ -59,22 +69,10 @@ class Launch:
             function, metadata = variant.function, variant.packed_metadata
             variant.run(*grid, stream, function, metadata, None, None, None, *args, *self._values)
 
-    def _dispatch(
-        self,
-        grid: tuple[int, int, int],
-        device: torch.device,
-        args: tuple[Any, ...],
-        pointers: int,
-    ) -> None:
-        """Launch through Triton, which compiles what is not compiled yet."""
+    def _dispatched(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> Any:
+        """The variant that Triton finds or compiles, launched."""
         if list(self.constants) != self.kernel.arg_names[len(args) :]:
             raise AssertionError(
                 f"constants {list(self.constants)} do not follow the arguments in order"
             )
-        if INTERPRETED:
-            self.kernel[grid](*args, **self.constants, **self.options)
-            return
-        with torch.cuda.device(device):
-            variant = self.kernel[grid](*args, **self.constants, **self.options)
-        if not pointers & 15:
-            self._variants[device.index] = variant
+        return self.kernel[grid](*args, **self.constants, **self.options)

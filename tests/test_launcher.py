@@ -1,13 +1,17 @@
-"""What a launcher remembers, with a kernel and a GPU that only take notes."""
+"""What a launch remembers, with a kernel and a GPU that only take notes."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton import knobs
 
 from scattermoe_lora import _launch
 
 pytestmark = pytest.mark.correctness
 
 CUDA = torch.device("cuda", 0)
+OTHER = torch.device("cuda", 1)
 
 
 class Kernel:
@@ -27,11 +31,27 @@ class Kernel:
 
 
 class Variant:
+    """Compiled code with Triton's two ways to launch it: the one of users, and its own."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel, number):
         self.kernel, self.number = kernel, number
 
     def __getitem__(self, grid):
-        return lambda *values: self.kernel.launched.append((self.number, grid, values))
+        return lambda *values: self.kernel.launched.append((self.number, grid, values, "listened"))
+
+    def run(self, x, y, z, stream, function, metadata, *hooks_and_values):
+        hooks, values = hooks_and_values[:3], hooks_and_values[3:]
+        assert (function, metadata, hooks) == ("function", "metadata", (None, None, None))
+        self.kernel.launched.append((self.number, (x, y, z), values, stream))
+
+
+class Driver:
+    """A stream for each device, named by it."""
+
+    def get_current_stream(self, index):
+        return f"stream {index}"
 
 
 @pytest.fixture
@@ -52,72 +72,76 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", Entering)
+    monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=Driver()))
     return entered
 
 
-GIVEN = {"form": ("a",), "pointers": 32, "warps": 4, "stages": 3, "BLOCK": 16, "EVEN": True}
-
-
-def launch(launcher, device=CUDA, args=(1, 2), grid=(7, 1, 1), **changes):
-    launcher(grid, device, args, **{**GIVEN, **changes})
+def made(kernel) -> _launch.Launch:
+    return _launch.Launch(kernel, warps=4, stages=2, BLOCK=16, EVEN=True)
 
 
 def test_a_form_is_compiled_once_and_launched_with_its_own_arguments(gpu):
     kernel = Kernel()
-    launcher = _launch.Launcher(kernel)
-    launch(launcher)
-    assert kernel.compiled == [((7, 1, 1), (1, 2), {"BLOCK": 16, "EVEN": True}, 4, 3)]
-    launch(launcher, args=(3, 4), grid=(9, 1, 1))
+    launch = made(kernel)
+    launch((7, 1, 1), CUDA, (1, 2), 32)
+    assert kernel.compiled == [((7, 1, 1), (1, 2), {"BLOCK": 16, "EVEN": True}, 4, 2)]
+    launch((9, 2, 3), CUDA, (3, 4), 32)
     assert len(kernel.compiled) == 1
-    assert kernel.launched == [(1, (9, 1, 1), (3, 4, 16, True))]
-    assert gpu == []
+    assert kernel.launched == [(1, (9, 2, 3), (3, 4, 16, True), "stream 0")]
 
 
-CHANGES = [
-    {"form": ("b",)}, {"warps": 8}, {"stages": 2}, {"BLOCK": 32}, {"EVEN": False},
-    {"device": torch.device("cuda", 1)},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_another_form_or_device_is_another_variant(gpu, change):
+def test_each_device_has_its_own_variant_and_is_entered_where_it_is_not_current(gpu):
     kernel = Kernel()
-    launcher = _launch.Launcher(kernel)
-    for repeat in range(2):
-        launch(launcher)
-        launch(launcher, **change)
-        assert len(kernel.compiled) == 2, repeat
-    assert [number for number, *_ in kernel.launched] == [1, 2]
-    other = change.get("device")
-    assert gpu == ([] if other is None else [other, other])
+    launch = made(kernel)
+    for device in (CUDA, OTHER, CUDA, OTHER):
+        launch((7, 1, 1), device, (1, 2), 32)
+    assert gpu == [OTHER, OTHER]
+    assert len(kernel.compiled) == 2
+    assert [(number, how) for number, *_, how in kernel.launched] == [
+        (1, "stream 0"),
+        (2, "stream 1"),
+    ]
 
 
 def test_variants_are_for_aligned_pointers_alone(gpu):
     kernel = Kernel()
-    launcher = _launch.Launcher(kernel)
+    launch = made(kernel)
     for pointers, count in ((1, 1), (8, 2), (32, 3), (24, 4), (48, 4)):
-        launch(launcher, pointers=pointers)
+        launch((7, 1, 1), CUDA, (1, 2), pointers)
         assert len(kernel.compiled) == count
     assert len(kernel.launched) == 1
 
 
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_hear_of_each_launch(gpu, hook):
+    kernel = Kernel()
+    launch = made(kernel)
+    listener, chain = lambda *facts: None, getattr(knobs.runtime, hook)
+    launch((7, 1, 1), CUDA, (1, 2), 32)
+    chain.add(listener)
+    try:
+        launch((7, 1, 1), CUDA, (1, 2), 32)
+    finally:
+        chain.remove(listener)
+    launch((7, 1, 1), CUDA, (1, 2), 32)
+    assert [how for *_, how in kernel.launched] == ["listened", "stream 0"]
+
+
 def test_stages_are_three_where_none_are_given(gpu):
     kernel = Kernel()
-    _launch.Launcher(kernel)(
-        (1, 1, 1), CUDA, (1, 2), form=(), pointers=0, warps=4, BLOCK=16, EVEN=True
-    )
+    _launch.Launch(kernel, warps=4, BLOCK=16, EVEN=True)((1, 1, 1), CUDA, (1, 2), 0)
     assert kernel.compiled[0][-1] == 3
 
 
 def test_constants_out_of_order_are_refused(gpu):
-    given = {name: GIVEN[name] for name in ("form", "pointers", "warps", "EVEN", "BLOCK")}
+    launch = _launch.Launch(Kernel(), warps=4, EVEN=True, BLOCK=16)
     with pytest.raises(AssertionError, match=r"\['EVEN', 'BLOCK'\] do not follow"):
-        _launch.Launcher(Kernel())((1, 1, 1), CUDA, (1, 2), **given)
+        launch((1, 1, 1), CUDA, (1, 2), 0)
 
 
 def test_the_interpreter_runs_the_kernel_each_time():
     kernel = Kernel()
-    launcher = _launch.Launcher(kernel)
+    launch = made(kernel)
     for count in (1, 2):
-        launch(launcher, device=torch.device("cpu"))
+        launch((7, 1, 1), torch.device("cpu"), (1, 2), 32)
         assert len(kernel.compiled) == count

@@ -152,15 +152,10 @@ def redirected(lib: ModuleType, launched: Launched) -> Iterator[None]:
         grid: tuple[int, int, int],
         device: object,
         args: tuple[Any, ...],
-        *,
-        warps: int,
-        stages: int = 3,
-        form: object = None,
-        pointers: int = 0,
-        **constants: Any,
+        pointers: int,
     ) -> None:
-        del device, form, pointers
-        launched(self._kernel, grid, args, {**constants, "num_warps": warps, "num_stages": stages})
+        del device, pointers
+        launched(self.kernel, grid, args, {**self.constants, **self.options})
 
     class Bound:
         def __init__(self, kernel: Any) -> None:
@@ -172,7 +167,7 @@ def redirected(lib: ModuleType, launched: Launched) -> Iterator[None]:
 
             return run
 
-    changes: list[tuple[Any, str, Any]] = [(launch.Launcher, "__call__", call)]
+    changes: list[tuple[Any, str, Any]] = [(launch.Launch, "__call__", call)]
     prefix = f"{lib.__name__}."
     for name, module in list(sys.modules.items()):
         if not name.startswith(prefix):

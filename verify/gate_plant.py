@@ -106,20 +106,21 @@ def _planted_wait(launch: Any) -> int:
     return max(int(middle * {percent} / 100 * 2_000_000 / start.elapsed_time(end)), 1)
 '''
 
-_BEFORE = "            variant[grid](*args, *values)\n            return\n"
-_AFTER = """            variant[grid](*args, *values)
-            if not INTERPRETED:
-                waits = self.__class__.WAITS
-                if (id(self), key, grid) not in waits:
-                    launch = functools.partial(variant[grid], *args, *values)
-                    waits[id(self), key, grid] = _planted_wait(launch)
-                torch.cuda._sleep(waits[id(self), key, grid])
+_BEFORE = "        variant = self._variants.get(index)\n"
+_AFTER = """        variant = self._variants.get(index)
+        if variant is not None and not pointers & 15:
+            waits = self.__class__.WAITS
+            variant[grid](*args, *self._values)
+            if (id(self), grid) not in waits:
+                launch = functools.partial(variant[grid], *args, *self._values)
+                waits[id(self), grid] = _planted_wait(launch)
+            torch.cuda._sleep(waits[id(self), grid])
             return
 """
 
 
 def slow_tree(package: Path, destination: Path, percent: float) -> Path:
-    """Write a copy of the package in which every kernel of `Launcher` is followed by a busy-wait of
+    """Write a copy of the package in which every kernel of `Launch` is followed by a busy-wait of
     a share of its time; returns its directory. Kernels have to be launched twice before they are
     slow: what they take is measured at the second launch.
 
@@ -131,7 +132,7 @@ def slow_tree(package: Path, destination: Path, percent: float) -> Path:
     if target.exists():
         raise ValueError(f"{target} exists already")
     text = (package / _LAUNCH_FILE).read_text()
-    slots = '    __slots__ = ("_kernel", "_variants")\n'
+    slots = '    __slots__ = ("_values", "_variants", "constants", "kernel", "options")\n'
     for known in (_BEFORE, slots, "from typing import Any\n"):
         if text.count(known) != 1:
             raise ValueError(f"{_LAUNCH_FILE} has not one {known.strip()!r}: nowhere to plant")
