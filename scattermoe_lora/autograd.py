@@ -16,8 +16,8 @@ from torch import Tensor
 from .ops import combine, combine_grad, expert_bias_grad, expert_weight_grad, shrink
 from .ops._check import (
     check_bias,
+    check_gates,
     check_lora,
-    check_row_scale,
     check_rows,
     check_target,
     check_weight,
@@ -106,6 +106,8 @@ def expert_linear(
     """
     if gates is not None and target is not RowOrder.SLOT:
         raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
+    check_gates(gates, routing)
+    check_target(target)
     if torch.compiler.is_compiling() and isinstance(weight, Tensor):
         return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     if torch.is_autocast_enabled(x.device.type):
@@ -116,8 +118,6 @@ def expert_linear(
         if lora is not None and lora.a.dtype != torch.float32:
             lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
     check_projection(x, weight, lora, bias, routing, source)
-    check_target(target)
-    check_row_scale("gates", gates, routing)
     call = Call(
         routing=routing,
         source=source,

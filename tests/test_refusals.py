@@ -175,6 +175,13 @@ SCALED = (
     *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
     ("row_scale", torch.Tensor.int, TypeError, "must be floating point, got torch.int32"),
 )
+GATED = (
+    *SCALED[1:],
+    *(
+        ("row_scale", change, ValueError, f"gates must have shape {[TOKENS, TOP_K]}, got")
+        for change in (fewer, narrow, torch.Tensor.flatten, torch.Tensor.t)
+    ),
+)
 EXPERTS_LOST = f"has {EXPERTS - 1} experts but the routing has {EXPERTS}"
 WEIGHT = (
     ("weight", away, ValueError, "weight is on meta but"),
@@ -233,7 +240,7 @@ PLAIN = sm.Plan(path=sm.Path.SPLIT, tile=TILE)
 
 REFUSED = {
     expert_linear: (
-        *X[1:4], *WEIGHT, *BIAS, *LORA, *SCALED,
+        *X[1:4], *WEIGHT, *BIAS, *LORA, *GATED,
         ("target", lambda order: EXPERT, ValueError, "target must be SLOT, got EXPERT"),
     ),
     scatter2scatter: (
@@ -281,7 +288,7 @@ REFUSED = {
         ("target", lambda order: EXPERT, ValueError, "RowOrder.SLOT, got RowOrder.EXPERT"),
     ),
     combine: (
-        *rows_of("rows", ROWS, "y"), *SCALED,
+        *rows_of("rows", ROWS, "y"), *GATED,
         ("out", narrow, ValueError, f"out must have shape {[TOKENS, N]}, got {[TOKENS, N - 1]}"),
         ("out", torch.Tensor.half, TypeError, "out is torch.float16 but y is torch.float32"),
         ("out", away, ValueError, "out is on meta but y is on"),
@@ -297,7 +304,7 @@ REFUSED = {
         ("h", torch.Tensor.int, TypeError, "h must be floating point, got torch.int32"),
     ),
     glu_backward: (
-        *rows_of("h", ROWS)[:2], *rows_of("dact", ROWS), *SCALED,
+        *rows_of("h", ROWS)[:2], *rows_of("dact", ROWS), *GATED,
         ("h", narrow, ValueError, f"h must be [rows, 2 I], got shape {[ROWS, 2 * N - 1]}"),
         ("dact", narrow, ValueError, f"h has width {2 * N} but dact has {N - 1}"),
         ("dact", torch.Tensor.half, TypeError, "dact is torch.float16 but h is torch.float32"),
@@ -306,8 +313,7 @@ REFUSED = {
         *rows_of("x", TOKENS)[1:2],
         ("x", lambda v: v[0], ValueError, f"hidden must be [tokens, H], got shape {[K]}"),
         ("x", torch.Tensor.double, TypeError, "x must be float32, float16 or bfloat16"),
-        ("row_scale", narrow, ValueError, f"shape {[TOKENS, TOP_K]}, got {[TOKENS, TOP_K - 1]}"),
-        ("row_scale", torch.Tensor.flatten, ValueError, f"gates must have shape {[TOKENS, TOP_K]}"),
+        *GATED,
         *(
             (name, having("weight", lambda w: w[0]), ValueError, f"{name}.weight must be [experts")
             for name in ("gate_up", "down")

@@ -33,7 +33,7 @@ from ..ops import (
     glu_backward,
     glu_forward,
 )
-from ..ops._check import check_bias, check_lora, check_weight
+from ..ops._check import check_bias, check_gates, check_lora, check_weight
 from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
@@ -109,10 +109,10 @@ def experts_mlp(
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
     """
+    _check_widths(hidden, gates, routing, gate_up, down)
     dense = isinstance(gate_up.weight, Tensor) and isinstance(down.weight, Tensor)
     if torch.compiler.is_compiling() and dense:
         return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
-    _check_widths(hidden, gates, routing, gate_up, down)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
@@ -279,10 +279,7 @@ def _check_widths(
 ) -> None:
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [tokens, H], got shape {list(hidden.shape)}")
-    if tuple(gates.shape) != (routing.tokens, routing.top_k):
-        raise ValueError(
-            f"gates must have shape {[routing.tokens, routing.top_k]}, got {list(gates.shape)}"
-        )
+    check_gates(gates, routing)
     for name, projection in (("gate_up", gate_up), ("down", down)):
         if len(projection.weight.shape) != 3:
             raise ValueError(

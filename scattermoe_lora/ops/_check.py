@@ -95,6 +95,17 @@ def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
         raise ValueError(f"{name} is on {scale.device} but the routing is on {routing.device}")
 
 
+def check_gates(gates: Tensor | None, routing: Routing) -> None:
+    """One coefficient per choice, floating point, [tokens, top_k]."""
+    if gates is None:
+        return
+    if tuple(gates.shape) != (routing.tokens, routing.top_k):
+        raise ValueError(
+            f"gates must have shape {[routing.tokens, routing.top_k]}, got {list(gates.shape)}"
+        )
+    check_row_scale("gates", gates, routing)
+
+
 def check_lora(lora: LoRAWeights, routing: Routing, k: int, n: int, x: Tensor) -> None:
     """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32."""
     if lora.experts != routing.experts:

@@ -26,7 +26,7 @@ from .._interpreter import require_supported
 from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
-from ._check import check_row_scale, check_rows, check_same
+from ._check import check_gates, check_rows, check_same
 from ._tile import matrix
 
 
@@ -103,7 +103,7 @@ def glu_backward(
     check_rows("h", h, routing, RowOrder.EXPERT)
     check_rows("dact", dact, routing, RowOrder.EXPERT)
     check_same("dact", dact, "h", h)
-    check_row_scale("gates", gates, routing)
+    check_gates(gates, routing)
     if 2 * dact.shape[1] != h.shape[1]:
         raise ValueError(f"h has width {h.shape[1]} but dact has {dact.shape[1]}")
     dh = h.new_empty(h.shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
-from ._check import check_row_scale, check_rows, check_same
+from ._check import check_gates, check_row_scale, check_rows, check_same
 from ._tile import matrix
 
 
@@ -102,7 +102,7 @@ def combine(
         [tokens, N] in the dtype of y, rounded once.
     """
     check_rows("y", y, routing, RowOrder.SLOT)
-    check_row_scale("gates", gates, routing)
+    check_gates(gates, routing)
     if out is None:
         out = y.new_empty((routing.tokens, y.shape[1]))
     elif tuple(out.shape) != (routing.tokens, y.shape[1]):
