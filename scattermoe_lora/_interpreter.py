@@ -190,6 +190,8 @@ def require_supported(dtype: torch.dtype, device: torch.device) -> None:
     Launchers call it with the dtype and device of their operands. On a GPU it looks at two
     attributes; interpreted, it runs a self-test once per process.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"the operands are on {device}, where no kernel runs: use a CUDA device")
     if not INTERPRETED:
         if device.type != "cpu":
             return

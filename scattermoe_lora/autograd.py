@@ -19,7 +19,10 @@ from .ops._check import (
     check_gates,
     check_lora,
     check_rows,
+    check_stack,
     check_target,
+    check_tensor,
+    check_type,
     check_weight,
 )
 from .ops.lora import as_operand, lora_rows
@@ -104,10 +107,15 @@ def expert_linear(
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
     """
+    check_tensor("x", x)
+    check_stack("weight", weight)
+    check_type("plans", plans, Plans)
+    check_target(target)
+    check_gates(gates, routing)
     if gates is not None and target is not RowOrder.SLOT:
         raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
-    check_gates(gates, routing)
-    check_target(target)
+    if lora is not None:
+        check_type("lora", lora, LoRAWeights)
     if torch.compiler.is_compiling() and isinstance(weight, Tensor):
         return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     if torch.is_autocast_enabled(x.device.type):

@@ -137,6 +137,8 @@ class Routing:
 
 
 def _check_top_k(top_k_index: Tensor, experts: int, *, sentinels: bool) -> None:
+    if not isinstance(top_k_index, Tensor):
+        raise TypeError(f"top_k_index must be a tensor, got {type(top_k_index).__name__}")
     if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
         raise TypeError(f"top_k_index must hold integers, got {top_k_index.dtype}")
     if top_k_index.ndim != 2:
@@ -168,6 +170,8 @@ def _check_values(top_k_index: Tensor, experts: int) -> None:
 
 def _check_sorted(expert_of_row: Tensor, slots: Tensor, top_k: int, experts: int) -> None:
     for name, value in (("expert_of_row", expert_of_row), ("slots", slots)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.dtype.is_floating_point or value.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, got {value.dtype}")
         if value.ndim != 1:

@@ -40,7 +40,7 @@ class LoRAWeights:
     device.
 
     Raises:
-        TypeError: a factor is not floating point.
+        TypeError: a factor is no floating-point tensor.
         ValueError: shapes or devices of the factors do not fit, or scaling is not finite.
     """
 
@@ -50,6 +50,8 @@ class LoRAWeights:
 
     def __post_init__(self) -> None:
         for name, factor in (("a", self.a), ("b", self.b)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"lora.{name} must be a tensor, got {type(factor).__name__}")
             if not factor.dtype.is_floating_point:
                 raise TypeError(f"lora.{name} must be floating point, got {factor.dtype}")
             if factor.ndim != 3:

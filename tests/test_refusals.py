@@ -54,6 +54,8 @@ def good(device) -> dict:
             bias=ones(EXPERTS, K),
         ),
         "plan": None,
+        "plans": sm.Plans(),
+        "activation": sm.Activation(),
         "out": ones(TOKENS, N),
         "source": TOKEN,
         "target": SLOT,
@@ -63,7 +65,7 @@ def good(device) -> dict:
 def expert_linear(t):
     return sm.expert_linear(
         t["x"], t["weight"], t["routing"], source=t["source"], target=t["target"],
-        lora=t["lora"], bias=t["bias"], gates=t["row_scale"],
+        lora=t["lora"], bias=t["bias"], gates=t["row_scale"], plans=t["plans"],
     )  # fmt: skip
 
 
@@ -125,18 +127,23 @@ def combine_grad(t):
 
 
 def glu_forward(t):
-    return ops.glu_forward(t["h"], ops.Activation())
+    return ops.glu_forward(t["h"], t["activation"])
 
 
 def glu_backward(t):
-    return ops.glu_backward(t["h"], t["dact"], t["routing"], ops.Activation(), gates=t["row_scale"])
+    return ops.glu_backward(t["h"], t["dact"], t["routing"], t["activation"], gates=t["row_scale"])
 
 
 def experts_mlp(t):
     return sm.experts_mlp(
         t["x"], t["row_scale"], t["routing"], gate_up=t["gate_up"], down=t["down"],
-        activation=sm.Activation(),
+        activation=t["activation"],
     )  # fmt: skip
+
+
+def listed(value):
+    """The argument, of no type that anything takes."""
+    return [value]
 
 
 def away(value):
@@ -173,6 +180,7 @@ DEVICE = "on meta but"
 SLOTS = f"{ROWS - TOP_K} elements but the routing has {ROWS}"
 SCALED = (
     *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
+    ("row_scale", listed, TypeError, "must be a tensor, got list"),
     ("row_scale", torch.Tensor.int, TypeError, "must be floating point, got torch.int32"),
 )
 GATED = (
@@ -182,8 +190,13 @@ GATED = (
         for change in (fewer, narrow, torch.Tensor.flatten, torch.Tensor.t)
     ),
 )
+ROUTING = ("routing", listed, TypeError, "routing must be of type Routing, got list")
+TARGET = ("target", listed, TypeError, "target must be of type RowOrder, got list")
+ADAPTER = ("lora", listed, TypeError, "lora must be of type LoRAWeights, got list")
+STACK = ("weight", listed, TypeError, "weight must be a tensor or come in blocks, got list")
 EXPERTS_LOST = f"has {EXPERTS - 1} experts but the routing has {EXPERTS}"
 WEIGHT = (
+    STACK,
     ("weight", away, ValueError, "weight is on meta but"),
     ("weight", fewer, ValueError, "weight " + EXPERTS_LOST),
     ("weight", lambda w: w[:, :-1], ValueError, f"width {K - 1} but x has {K}"),
@@ -192,12 +205,14 @@ WEIGHT = (
     ("weight", lambda w: w[:, :, :0], ValueError, f"not be empty, got shape {[EXPERTS, K, 0]}"),
 )
 BIAS = (
+    ("bias", listed, TypeError, "bias must be a tensor, got list"),
     ("bias", away, ValueError, "bias is on meta but"),
     ("bias", narrow, ValueError, f"shape {[EXPERTS, N]}, got {[EXPERTS, N - 1]}"),
     ("bias", fewer, ValueError, f"shape {[EXPERTS, N]}, got {[EXPERTS - 1, N]}"),
     ("bias", torch.Tensor.int, TypeError, "bias must be floating point, got torch.int32"),
 )
 LORA = (
+    ADAPTER,
     ("lora", away, ValueError, "lora is on meta but x"),
     ("lora", factors(fewer), ValueError, EXPERTS_LOST),
     ("lora", wide, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
@@ -240,16 +255,20 @@ PLAIN = sm.Plan(path=sm.Path.SPLIT, tile=TILE)
 
 REFUSED = {
     expert_linear: (
-        *X[1:4], *WEIGHT, *BIAS, *LORA, *GATED,
+        *X[1:], *WEIGHT, *BIAS, *LORA, *GATED, ROUTING, TARGET,
+        ("source", listed, TypeError, "the row order of x must be of type RowOrder, got list"),
+        ("plans", listed, TypeError, "plans must be of type Plans, got list"),
         ("target", lambda order: EXPERT, ValueError, "target must be SLOT, got EXPERT"),
     ),
     scatter2scatter: (
         *X, *WEIGHT, *BIAS, *SCALED, *paths(sm.Operation.SCATTER2SCATTER), NO_BLOCKS,
+        ROUTING, TARGET,
         ("target", lambda order: TOKEN, ValueError, "RowOrder.EXPERT, got RowOrder.TOKEN"),
         ("plan", lambda plan: sm.Plan(path=sm.Path.TILES, tile=MAPPED), ValueError, UNMAPPED),
     ),
     lora_forward: (
         *X, *WEIGHT, *BIAS, *LORA, *SCALED, *paths(sm.Operation.LORA_FORWARD), NO_BLOCKS,
+        ROUTING, TARGET,
         ("target", lambda order: TOKEN, ValueError, "RowOrder.EXPERT, got RowOrder.TOKEN"),
         ("plan", lambda p: PLAIN, ValueError, "on the split path needs a shrink tile"),
         ("plan", lambda p: replace(PLAIN, path=sm.Path.FUSED, tile=MAPPED), ValueError,
@@ -257,20 +276,21 @@ REFUSED = {
     ),
     lora_input_grad: (
         *rows_of("dy", ROWS, "x"), *SCALED, *paths(sm.Operation.LORA_INPUT_GRAD),
+        ROUTING, TARGET, ADAPTER, STACK,
         ("weight", fewer, ValueError, EXPERTS_LOST),
         ("weight", narrow, ValueError, f"inputs of width {N - 1} but x has {N}"),
         ("lora", wide, ValueError, f"output width {K - 1} but the weight has {K}"),
         ("lora", tall, ValueError, f"inputs of width {N - 1} but x has width {N}"),
     ),
     shrink: (
-        *X, *SCALED,
+        *X, *SCALED, ROUTING,
         ("factor", narrow, ValueError, f"factor takes inputs of width {K - 1} but x has {K}"),
         ("factor", fewer, ValueError, f"factor has {EXPERTS - 1} experts"),
         ("factor", away, ValueError, "factor is on meta but"),
         ("factor", torch.Tensor.half, TypeError, "factor is torch.float16 but"),
     ),
     lora_weight_grad: (
-        *X, *DY, HALF_DY, *LORA, *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD),
+        *X, *DY, HALF_DY, *LORA, *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD), ROUTING,
         *rows_of("xa", ROWS), *rows_of("yb", ROWS),
         ("xa", narrow, ValueError, f"xa has width {RANK - 1} but the rank is {RANK}"),
         ("yb", narrow, ValueError, f"yb has width {RANK - 1} but the rank is {RANK}"),
@@ -280,21 +300,23 @@ REFUSED = {
         ("yb", lambda v: None, ValueError, "yb is needed on the gram path"),
     ),
     expert_weight_grad: (
-        *X, *DY, HALF_DY, *SCALED, *paths(sm.Operation.EXPERT_WEIGHT_GRAD), NO_BLOCKS,
+        *X, *DY, HALF_DY, ROUTING, *SCALED, *paths(sm.Operation.EXPERT_WEIGHT_GRAD), NO_BLOCKS,
     ),
-    expert_bias_grad: (*DY, *SCALED),
+    expert_bias_grad: (*DY, *SCALED, ROUTING),
     group: (
-        *rows_of("rows", ROWS, "x"), *SCALED,
+        *rows_of("rows", ROWS, "x"), *SCALED, ROUTING,
+        ("target", listed, TypeError, "the row order of x must be of type RowOrder, got list"),
         ("target", lambda order: EXPERT, ValueError, "RowOrder.SLOT, got RowOrder.EXPERT"),
     ),
     combine: (
-        *rows_of("rows", ROWS, "y"), *GATED,
+        *rows_of("rows", ROWS, "y"), *GATED, ROUTING,
+        ("out", listed, TypeError, "out must be a tensor, got list"),
         ("out", narrow, ValueError, f"out must have shape {[TOKENS, N]}, got {[TOKENS, N - 1]}"),
         ("out", torch.Tensor.half, TypeError, "out is torch.float16 but y is torch.float32"),
         ("out", away, ValueError, "out is on meta but y is on"),
     ),
     combine_grad: (
-        *rows_of("rows", ROWS, "y"), *rows_of("dout", TOKENS),
+        *rows_of("rows", ROWS, "y"), *rows_of("dout", TOKENS), ROUTING,
         ("dout", narrow, ValueError, f"y has width {N} but dout has {N - 1}"),
         ("dout", torch.Tensor.half, TypeError, "dout is torch.float16 but y is torch.float32"),
     ),
@@ -302,9 +324,13 @@ REFUSED = {
         ("h", narrow, ValueError, f"h must be [rows, 2 I], got shape {[ROWS, 2 * N - 1]}"),
         ("h", lambda v: v[0], ValueError, f"h must be [rows, 2 I], got shape {[2 * N]}"),
         ("h", torch.Tensor.int, TypeError, "h must be floating point, got torch.int32"),
+        ("h", listed, TypeError, "h must be a tensor, got list"),
+        ("h", away, RuntimeError, "the operands are on meta, where no kernel runs"),
+        ("activation", listed, TypeError, "activation must be of type Activation, got list"),
     ),
     glu_backward: (
-        *rows_of("h", ROWS)[:2], *rows_of("dact", ROWS), *GATED,
+        *rows_of("h", ROWS)[:2], *rows_of("dact", ROWS), *GATED, ROUTING,
+        ("activation", listed, TypeError, "activation must be of type Activation, got list"),
         ("h", narrow, ValueError, f"h must be [rows, 2 I], got shape {[ROWS, 2 * N - 1]}"),
         ("dact", narrow, ValueError, f"h has width {2 * N} but dact has {N - 1}"),
         ("dact", torch.Tensor.half, TypeError, "dact is torch.float16 but h is torch.float32"),
@@ -313,7 +339,20 @@ REFUSED = {
         *rows_of("x", TOKENS)[1:2],
         ("x", lambda v: v[0], ValueError, f"hidden must be [tokens, H], got shape {[K]}"),
         ("x", torch.Tensor.double, TypeError, "x must be float32, float16 or bfloat16"),
-        *GATED,
+        *GATED, ROUTING,
+        ("activation", listed, TypeError, "activation must be of type Activation, got list"),
+        ("x", listed, TypeError, "hidden must be a tensor, got list"),
+        *(
+            (name, change, TypeError, f"{called} must {words}, got list")
+            for name in ("gate_up", "down")
+            for change, called, words in (
+                (listed, name, "be of type Projection"),
+                (having("weight", listed), f"{name}.weight", "be a tensor or come in blocks"),
+                (having("plans", listed), f"{name}.plans", "be of type Plans"),
+                (having("lora", listed), "lora", "be of type LoRAWeights"),
+                (having("bias", listed), "bias", "be a tensor"),
+            )
+        ),
         *(
             (name, having("weight", lambda w: w[0]), ValueError, f"{name}.weight must be [experts")
             for name in ("gate_up", "down")
@@ -364,6 +403,7 @@ def from_sorted(experts_of_rows, slots, top_k=1, experts=EXPERTS):
 
 
 IDS = torch.arange(3)
+ROW = torch.ones(1, 1, 1)
 STORED = Dense(data=torch.ones(EXPERTS, 4, 8))
 PACKED = Int8RowWise(
     data=torch.ones(EXPERTS, 4, 8, dtype=torch.int8), row_scale=torch.ones(EXPERTS * 4)
@@ -392,6 +432,12 @@ VALUES = (
       for wrong in ({"alpha": 1.5}, {"shift": 1.0})),
     *((from_top_k(torch.ones(2, 2, dtype=dtype)), TypeError, f"must hold integers, got {dtype}")
       for dtype in (torch.float32, torch.bool, torch.complex64)),
+    (from_top_k([[0, 1]]), TypeError, "top_k_index must be a tensor, got list"),
+    (from_sorted([0], IDS), TypeError, "expert_of_row must be a tensor, got list"),
+    (from_sorted(IDS, [0]), TypeError, "slots must be a tensor, got list"),
+    *((made(sm.LoRAWeights, scaling=1.0, **{"a": ROW, "b": ROW, name: [0]}), TypeError,
+       f"lora.{name} must be a tensor, got list") for name in "ab"),
+    (made(sm.Activation, gate="sigmoid"), TypeError, "gate must be a Gate, got str"),
     (from_top_k(IDS), ValueError, "must be [tokens, top_k], got shape [3]"),
     (from_top_k(IDS[None], 2), ValueError, "chooses 3 experts per token, but there are 2"),
     (from_top_k(IDS[None], 0), ValueError, "experts must be at least 1, got 0"),

@@ -33,7 +33,15 @@ from ..ops import (
     glu_backward,
     glu_forward,
 )
-from ..ops._check import check_bias, check_gates, check_lora, check_weight
+from ..ops._check import (
+    check_bias,
+    check_gates,
+    check_lora,
+    check_stack,
+    check_tensor,
+    check_type,
+    check_weight,
+)
 from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
@@ -110,6 +118,7 @@ def experts_mlp(
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
     """
     _check_widths(hidden, gates, routing, gate_up, down)
+    check_type("activation", activation, Activation)
     dense = isinstance(gate_up.weight, Tensor) and isinstance(down.weight, Tensor)
     if torch.compiler.is_compiling() and dense:
         return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
@@ -277,10 +286,15 @@ def check_down(hidden: Tensor, down: Projection, routing: Routing, *, width: int
 def _check_widths(
     hidden: Tensor, gates: Tensor, routing: Routing, gate_up: Projection, down: Projection
 ) -> None:
+    check_tensor("hidden", hidden)
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [tokens, H], got shape {list(hidden.shape)}")
     check_gates(gates, routing)
     for name, projection in (("gate_up", gate_up), ("down", down)):
+        check_type(name, projection, Projection)
+        check_stack(f"{name}.weight", projection.weight)
+        if projection.plans is not None:
+            check_type(f"{name}.plans", projection.plans, Plans)
         if len(projection.weight.shape) != 3:
             raise ValueError(
                 f"{name}.weight must be [experts, k, n], got {list(projection.weight.shape)}"

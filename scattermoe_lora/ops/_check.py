@@ -14,8 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> None:
     """A row operand [row_count(order), width]: dtype in DTYPES, on the routing's device."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_tensor(name, value)
+    check_type("routing", routing, Routing)
+    check_type(f"the row order of {name}", order, RowOrder)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
     if value.ndim != 2:
@@ -31,18 +32,38 @@ def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> N
     require_supported(value.dtype, value.device)
 
 
+def check_type(name: str, value: object, wanted: type) -> None:
+    """An argument that is no operand: of the package's own type for it."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be of type {wanted.__name__}, got {type(value).__name__}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """An operand that must be a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_target(order: RowOrder) -> None:
     """Products are written per row; sums over the choices of a token belong to `combine`."""
+    check_type("target", order, RowOrder)
     if order is RowOrder.TOKEN:
         raise ValueError("target must be RowOrder.SLOT or RowOrder.EXPERT, got RowOrder.TOKEN")
 
 
 def check_same(name: str, value: Tensor, x_name: str, x: Tensor) -> None:
     """Two operands of one product: same dtype, same device."""
+    check_tensor(name, value)
     if value.dtype != x.dtype:
         raise TypeError(f"{name} is {value.dtype} but {x_name} is {x.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device} but {x_name} is on {x.device}")
+
+
+def check_stack(name: str, weight: object) -> None:
+    """A stack of experts: a tensor, or stored experts that come in blocks."""
+    if not isinstance(weight, Tensor) and not hasattr(weight, "blocks"):
+        raise TypeError(f"{name} must be a tensor or come in blocks, got {type(weight).__name__}")
 
 
 def check_weight(
@@ -55,6 +76,7 @@ def check_weight(
     device: torch.device,
 ) -> None:
     """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks."""
+    check_stack(name, weight)
     if len(weight.shape) != 3:
         raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
     if isinstance(weight, Tensor) and weight.dtype != dtype:
@@ -75,6 +97,7 @@ def check_bias(bias: Tensor | None, routing: Routing, width: int, device: torch.
     """A bias [experts, width] of any floating dtype."""
     if bias is None:
         return
+    check_tensor("bias", bias)
     if not bias.dtype.is_floating_point:
         raise TypeError(f"bias must be floating point, got {bias.dtype}")
     if tuple(bias.shape) != (routing.experts, width):
@@ -87,6 +110,7 @@ def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
     """One coefficient per slot, floating point, `rows` elements in slot order."""
     if scale is None:
         return
+    check_tensor(name, scale)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {scale.dtype}")
     if scale.numel() != routing.rows:
@@ -97,8 +121,10 @@ def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
 
 def check_gates(gates: Tensor | None, routing: Routing) -> None:
     """One coefficient per choice, floating point, [tokens, top_k]."""
+    check_type("routing", routing, Routing)
     if gates is None:
         return
+    check_tensor("gates", gates)
     if tuple(gates.shape) != (routing.tokens, routing.top_k):
         raise ValueError(
             f"gates must have shape {[routing.tokens, routing.top_k]}, got {list(gates.shape)}"
@@ -108,6 +134,7 @@ def check_gates(gates: Tensor | None, routing: Routing) -> None:
 
 def check_lora(lora: LoRAWeights, routing: Routing, k: int, n: int, x: Tensor) -> None:
     """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32."""
+    check_type("lora", lora, LoRAWeights)
     if lora.experts != routing.experts:
         raise ValueError(f"lora has {lora.experts} experts but the routing has {routing.experts}")
     if lora.a.shape[2] != k:

@@ -26,7 +26,7 @@ from .._interpreter import require_supported
 from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
-from ._check import check_gates, check_rows, check_same
+from ._check import check_gates, check_rows, check_same, check_tensor, check_type
 from ._tile import matrix
 
 
@@ -50,6 +50,8 @@ class Activation:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.gate, Gate):
+            raise TypeError(f"gate must be a Gate, got {type(self.gate).__name__}")
         if not self.limit > 0:
             raise ValueError(f"limit must be positive, got {self.limit}")
         if self.gate is Gate.TANH and (self.alpha != 1.0 or self.shift != 0.0):
@@ -70,6 +72,7 @@ def glu_forward(h: Tensor, activation: Activation) -> Tensor:
         TypeError, ValueError: h is not 2-D floating point, or has an odd width.
     """
     _check_h(h)
+    check_type("activation", activation, Activation)
     act = h.new_empty((h.shape[0], h.shape[1] // 2))
     if act.numel():
         width = act.shape[1]
@@ -99,11 +102,12 @@ def glu_backward(
     Returns:
         dh [rows, 2 I], act [rows, I] (recomputed), and dgates fp32 [tokens, top_k] = <act, dact>.
     """
-    _check_h(h)
     check_rows("h", h, routing, RowOrder.EXPERT)
+    _check_h(h)
     check_rows("dact", dact, routing, RowOrder.EXPERT)
     check_same("dact", dact, "h", h)
     check_gates(gates, routing)
+    check_type("activation", activation, Activation)
     if 2 * dact.shape[1] != h.shape[1]:
         raise ValueError(f"h has width {h.shape[1]} but dact has {dact.shape[1]}")
     dh = h.new_empty(h.shape)
@@ -261,6 +265,7 @@ def glu_backward_kernel(
 
 
 def _check_h(h: Tensor) -> None:
+    check_tensor("h", h)
     if not h.dtype.is_floating_point:
         raise TypeError(f"h must be floating point, got {h.dtype}")
     if h.ndim != 2 or h.shape[1] % 2:

@@ -18,7 +18,16 @@ from .._sizes import ceil_div, next_power_of_two
 from ..plan import Operation, Path, Plan, Precision, Tile
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
-from ._check import check_bias, check_lora, check_row_scale, check_rows, check_target, check_weight
+from ._check import (
+    check_bias,
+    check_lora,
+    check_row_scale,
+    check_rows,
+    check_stack,
+    check_target,
+    check_type,
+    check_weight,
+)
 from ._tile import matrix, stack
 from .fused import fused_kernel
 from .grouped_mm import by_expert, grouped, grouped_product, zero_dropped
@@ -89,6 +98,9 @@ def lora_input_grad(
         dx [rows, K] in `target` order, or with target TOKEN its sum over the choices of a token,
         [tokens, K]; and yb = s dy B [rows, R] in expert order, not scaled by g.
     """
+    check_type("target", target, RowOrder)
+    check_type("lora", lora, LoRAWeights)
+    check_stack("weight", weight)
     rows = Rows(source, target, None, row_scale)
     operation = Operation.LORA_INPUT_GRAD
     return _checked(dy, weight.mT, lora.transposed, routing, operation, rows, plan)

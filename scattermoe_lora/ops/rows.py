@@ -105,12 +105,12 @@ def combine(
     check_gates(gates, routing)
     if out is None:
         out = y.new_empty((routing.tokens, y.shape[1]))
-    elif tuple(out.shape) != (routing.tokens, y.shape[1]):
-        raise ValueError(
-            f"out must have shape {[routing.tokens, y.shape[1]]}, got {list(out.shape)}"
-        )
     else:
         check_same("out", out, "y", y)
+        if tuple(out.shape) != (routing.tokens, y.shape[1]):
+            raise ValueError(
+                f"out must have shape {[routing.tokens, y.shape[1]]}, got {list(out.shape)}"
+            )
     if out.numel():
         width = y.shape[1]
         pointers = y.data_ptr() | out.data_ptr()
