@@ -48,6 +48,9 @@ def whole(sources):
     return made(sources, Selection(quick=False))
 
 
+OTHER = "check-model.json"
+
+
 @pytest.fixture
 def small(sources):
     """A good record of one kernel, to be broken."""
@@ -189,6 +192,16 @@ def wider(record):
 def test_incomplete(judged, small, change):
     [verdict] = judged({"check.json": change(small)})
     assert (verdict.state, verdict.fault) == ("incomplete", True)
+
+
+@pytest.mark.parametrize("change", [lambda record: record, interrupted])
+def test_another_check_is_judged_alike_and_refreshed_with_its_selection(judged, small, change):
+    record = change(small)
+    found = {Path(v.record).name: v for v in judged(dict.fromkeys(("check.json", OTHER), record))}
+    own, other = found["check.json"], found[OTHER]
+    assert (own.state, own.reason) == (other.state, other.reason)
+    assert not other.fault
+    assert "check --full --kernels combine --cases smoke --device cuda" in other.refresh
 
 
 def test_one_problem_missing_of_all_is_named(judged, whole):

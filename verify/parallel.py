@@ -1,17 +1,59 @@
-"""Problems checked in several processes, for the interpreter, which uses one core."""
+"""Problems checked in several processes: the interpreter uses one core, and on a GPU references
+and compiling take longer than kernels.
+
+On a GPU only as many problems are under way as its memory has room for.
+"""
 
 import itertools
+import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 import torch
 
+from .cases import Case
 from .environment import prepare_interpreter
 from .run import Outcome, Problem, Selection
 
 _FEW = 24
 """Fewer problems than this are done before a second process has started."""
+_STACKS, _ROWS = 6, 10
+"""fp64 tensors of a reference that are alive together: a product with its variances and the
+kernel's output beside them, per expert weight or per row.
+"""
+_SHARE = 0.85
+"""Share of a GPU's memory that problems may take; contexts of processes need some too."""
+
+
+def footprint(case: Case) -> int:
+    """Bytes that checking a case may take at a time, references and their variances included."""
+    stack = case.experts * case.k_in * case.n_out
+    rows = case.rows * (case.k_in + case.n_out)
+    return 8 * max(_STACKS * stack, _ROWS * rows)
+
+
+def room(device: torch.device) -> float:
+    """Bytes that problems may take at a time on a device; what a CPU lacks, its system swaps."""
+    if device.type != "cuda":
+        return math.inf
+    return _SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def admitted(
+    waiting: Sequence[list[int]], running: float, free: int, space: float, size: Callable[..., int]
+) -> list[list[int]]:
+    """The batches of `waiting` that may start, in order: at most `free`, none that would take more
+    than `space` beside the `running` bytes. Where nothing runs, the first may always.
+    """
+    chosen: list[list[int]] = []
+    for batch in waiting:
+        if len(chosen) == free:
+            break
+        if running + size(batch) <= space or not running:
+            chosen.append(batch)
+            running += size(batch)
+    return chosen
 
 
 def checked(
@@ -29,18 +71,25 @@ def checked(
     batches = [
         list(group) for _, group in itertools.groupby(order, lambda i: problems[i].case.shape)
     ]
-    device = str(problems[0].device)
+    device = problems[0].device
+
+    def size(batch: list[int]) -> int:
+        return max(footprint(problems[index].case) for index in batch)
+
     # Not forked: torch's threads and Triton's state do not survive that.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (device,))
+    pool = ProcessPoolExecutor(workers, context, _start, (str(device),))
+    waiting = sorted(batches, key=size, reverse=True)
+    running: dict[Future[list[list[Outcome]]], list[int]] = {}
     try:
-        waiting: dict[Future[list[list[Outcome]]], list[int]] = {
-            pool.submit(_check, selection, device, batch): batch for batch in batches
-        }
-        while waiting:
-            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        while waiting or running:
+            taken = sum(size(batch) for batch in running.values())
+            for batch in admitted(waiting, taken, workers - len(running), room(device), size):
+                waiting.remove(batch)
+                running[pool.submit(_check, selection, str(device), batch)] = batch
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                for index, outcomes in zip(waiting.pop(future), future.result(), strict=True):
+                for index, outcomes in zip(running.pop(future), future.result(), strict=True):
                     yield problems[index], outcomes
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -56,4 +105,8 @@ def _check(selection: Selection, device: str, indices: list[int]) -> list[list[O
     from .specs import KERNELS
 
     problems = selection.problems(package(), KERNELS, torch.device(device))
-    return [list(problems[index].check(selection.wants)) for index in indices]
+    found = [list(problems[index].check(selection.wants)) for index in indices]
+    if torch.device(device).type == "cuda":
+        # Other processes are promised this memory.
+        torch.cuda.empty_cache()
+    return found

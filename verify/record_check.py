@@ -6,7 +6,7 @@ commands found is read too, and must be fresh only for a release.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -117,7 +117,7 @@ def inspect(
 
 def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> Verdict:
     name, required = f"{file.parent.name}/{file.name}", file.name == CHECK
-    days, command = None, file.stem
+    days, command, options = None, file.stem, _OPTIONS.get(file.stem, ())
     if not file.is_file():
         what = "there is no such record" if file.parent.is_dir() else "no GPU has records"
         state, reason = "missing", f"{what}: {file}"
@@ -125,9 +125,12 @@ def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> V
         try:
             record = _read(file)
             command = record["command"]
+            options = _OPTIONS.get(command, ())
             days = (now - datetime.fromisoformat(record["started"])).total_seconds() / 86400
-            judge = _judge_check if required else _judge_other
+            judge = _judge_check if required or command == "check" else _judge_other
             state, reason = judge(record, sources, release=release)
+            if command == "check" and not release:
+                options = _narrowing(record["selection"])
         except ValueError as error:
             state, reason = "malformed", str(error)
     fault = state != GOOD and (required or release or state == "malformed")
@@ -137,16 +140,25 @@ def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> V
         fault=fault,
         days=days,
         reason=reason,
-        refresh=refresh_command(command, file),
+        refresh=refresh_command(command, file, options),
     )
 
 
-def refresh_command(command: str, file: Path) -> str:
+def _narrowing(selection: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that make a selection of problems."""
+    words = ["--quick" if selection["quick"] else "--full"]
+    for name in ("kernels", "paths", "cases", "dtypes", "modes"):
+        if selection[name]:
+            words += ["--" + name, ",".join(selection[name])]
+    return tuple(words)
+
+
+def refresh_command(command: str, file: Path, options: Sequence[str]) -> str:
     """The command line that makes a record anew."""
     path = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     device = () if command in _WITHOUT_DEVICE else ("--device", "cuda")
     name = _COMMANDS.get(command, command)
-    words = ("python -m verify", name, *_OPTIONS.get(command, ()), *device)
+    words = ("python -m verify", name, *options, *device)
     return " ".join((*words, "--json", str(path)))
 
 

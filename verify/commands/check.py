@@ -24,13 +24,19 @@ from .common import (
     source_directory,
 )
 
+_PER_GPU = 8
+"""Processes beside one GPU: each has a context of some hundred megabytes."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_common(parser)
     add_selection(parser)
     parser.add_argument(
-        "--workers", type=count, metavar="N", help="processes; on a CPU one per core, on a GPU one"
+        "--workers",
+        type=count,
+        metavar="N",
+        help=f"processes; one per core, on a GPU at most {_PER_GPU}",
     )
     parser.add_argument(
         "--renew",
@@ -74,6 +80,11 @@ class Replays:
         return self.commands[key]
 
 
+def _processes(device: torch.device) -> int:
+    cores = os.cpu_count() or 1
+    return cores if device.type == "cpu" else min(cores, _PER_GPU)
+
+
 def _place(arguments: argparse.Namespace) -> Path | None:
     if arguments.failures is not None or arguments.json is None:
         return arguments.failures
@@ -110,7 +121,7 @@ def main(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     problems = selection.problems(lib, KERNELS, device)
-    workers = arguments.workers or (os.cpu_count() or 1 if device.type == "cpu" else 1)
+    workers = arguments.workers or _processes(device)
     facts = environment(device)
     recorder = Recorder(
         arguments.json,
