@@ -1,4 +1,4 @@
-"""Problems in several processes: all of them, once, and no more at a time than there is room for."""
+"""Problems in several processes: all of them, once, no more at a time than there is room for."""
 
 import pytest
 import torch
