@@ -258,7 +258,7 @@ def test_the_command_writes_a_record_and_goes_on_with_it(tmp_path, capsys):
     assert [entry["ms"] for entry in json.loads(path.read_text())["benchmarks"]] == times
 
 
-@pytest.mark.parametrize("key", ["environment", "fingerprint", "seed"])
+@pytest.mark.parametrize("key", ["environment", "fingerprint"])
 def test_numbers_of_other_code_or_machines_are_not_taken_up(tmp_path, key, monkeypatch):
     monkeypatch.setattr(bench_records, "environment", lambda device: {"device": "this"})
     monkeypatch.setattr(bench_records, "fingerprints", lambda package, kernels: {"a": "1"})
@@ -281,6 +281,23 @@ def test_numbers_of_other_code_or_machines_are_not_taken_up(tmp_path, key, monke
     assert again.names == set()
 
 
+def test_numbers_of_another_seed_are_neither_taken_up_nor_lost(tmp_path):
+    path = tmp_path / "bench.json"
+    command = ["bench", "--models", "tiny", "--names", "dequant.nf4.*", "--json", str(path)]
+    command += ["--minutes", "0", "--seed"]
+    assert main([*command, "5"]) == 2
+    before = path.read_text()
+    with pytest.raises(SystemExit, match=r"^--resume: .*bench.json has seed 5, and --seed is 6$"):
+        main([*command, "6", "--resume"])
+    assert path.read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles")
+def test_cold_compilations_without_a_gpu_are_refused():
+    with pytest.raises(SystemExit, match=r"^--cold times .* for a GPU, and the device is cpu$"):
+        main(["bench", "--models", "tiny", "--cold"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -292,6 +309,23 @@ def test_numbers_of_other_code_or_machines_are_not_taken_up(tmp_path, key, monke
 def test_options_that_select_nothing_are_refused(words, message):
     with pytest.raises(SystemExit, match=message):
         main(["bench", "--list", *words])
+
+
+def test_the_product_of_all_is_narrowed_by_what_is_stated(capsys):
+    words = ["bench", "--list", "--models", "tiny", "--kinds", "layer", "--full"]
+
+    def listed(*more: str) -> set[str]:
+        assert main([*words, *more]) == 0
+        return set(capsys.readouterr().out.split())
+
+    whole = Grid(models=("tiny",), kinds=("layer",))
+    assert listed() == {case.name for case in whole.cases()}
+    narrow = dataclasses.replace(whole, tokens=(64,), ranks=(4, 8), dtypes=("float32",))
+    assert listed("--T", "64", "--rank", "4,8", "--dtypes", "float32") == {
+        case.name for case in narrow.cases()
+    }
+    zipf = {case.name for case in whole.cases() if case.routing == "zipf"}
+    assert listed("--routing", "zipf") == zipf
 
 
 def test_the_list_is_what_the_issue_asks_for():

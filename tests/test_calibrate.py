@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from verify import calibrate
+from verify.cli import main
 from verify.commands.calibrate import detection, markdown
 from verify.inputs import DTYPES
 from verify.references import Groups
@@ -90,3 +91,14 @@ def test_the_table_counts_what_was_seen():
     (row,) = detection(found)
     assert (row["cases"], row["seen"], row["measure"]) == (2, 1, "row")
     assert "| a | 3.0e-01 | 1 of 2 | row |" in markdown({"detection": [row]})
+
+
+def test_what_another_seed_found_is_neither_kept_nor_lost(tmp_path):
+    words = ["calibrate", "--no-kernels", "--groups", "1", "--draws", "1"]
+    path = tmp_path / "calibrate.json"
+    path.write_text('{"seed": 3, "tallies": {}, "faults": {}}')
+    with pytest.raises(
+        SystemExit, match=r"^--resume: .*calibrate.json has seed 3, and --seed is 4"
+    ):
+        main([*words, "--resume", str(path), "--seed", "4"])
+    assert path.read_text() == '{"seed": 3, "tallies": {}, "faults": {}}'

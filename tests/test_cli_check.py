@@ -1,7 +1,11 @@
 """`python -m verify check` as a user runs it: exit status, table, record."""
 
+import argparse
+import ast
 import dataclasses
+import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +19,7 @@ import scattermoe_lora
 from conftest import DEVICE
 from verify import cli
 from verify.findings import read
+from verify.fuzz import Settings
 from verify.records import fingerprint, summary_of
 from verify.run import Outcome, Problem
 from verify.specs import KERNELS
@@ -142,6 +147,9 @@ def test_an_error_in_a_kernel_is_an_outcome(tmp_path, monkeypatch):
         (("calibrate", "--groups", "0"), "--groups: 0 is not at least 1"),
         (("gate", "--processes", "-1"), "--processes: -1 is not at least 1"),
         (("check", "--workers", "1.5"), "--workers: invalid count value: '1.5'"),
+        (("tune", "--rounds", "0"), "--rounds: 0 is not at least 1"),
+        (("tune", "--jobs", "-1"), "--jobs: -1 is below 0"),
+        (("fuzz", "--seconds", "1", "--sanitize", "-1"), "--sanitize: -1 is below 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -150,6 +158,139 @@ def test_an_amount_of_nothing_is_refused(capsys, words, refusal):
         cli.main(list(words))
     assert ended.value.code == 2
     assert refusal in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_command_has_no_option_that_it_does_not_use(command):
+    module = importlib.import_module(f"verify.commands.{command}")
+    parser = argparse.ArgumentParser(add_help=False)
+    module.add_arguments(parser)
+    read = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "arguments"
+    }
+    assert {action.dest for action in parser._actions} == read
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("compile", "--device"),
+        ("compile", "--seed"),
+        ("doctor", "--seed"),
+        ("records", "--device"),
+        ("records", "--seed"),
+        ("replay", "--seed"),
+        ("report", "--device"),
+        ("report", "--seed"),
+        ("sanitize", "--seed"),
+        ("tune", "--seed"),
+    ],
+)
+def test_what_decides_nothing_is_no_option(capsys, command, option):
+    words = [command, *(["file.json"] if command == "replay" else []), f"{option}=1"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {option}=1" in capsys.readouterr().err
+
+
+def test_a_time_is_given_in_one_unit(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fuzz", "--seconds", "5", "--minutes", "1"])
+    assert ended.value.code == 2
+    assert "--minutes: not allowed with argument --seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        ("bench --resume", "--resume keeps what --json FILE has, and there is no --json"),
+        ("sanitize --resume", "--resume keeps what --json FILE has, and there is no --json"),
+        ("bench --list --seed 3 --quick", "--list makes no use of --seed 3, --quick"),
+        ("bench --list --no-peers", "--list makes no use of --no-peers"),
+        (
+            "compile --parts footprint --operations combine group --full",
+            "--parts footprint makes no use of --operations combine,group, --full",
+        ),
+        (
+            "compile --operations combine --footprint a.json",
+            "compiling kernels alone makes no use of --footprint a.json",
+        ),
+        (
+            "compile --no-baseline --baseline a.json",
+            "--no-baseline makes no use of --baseline a.json",
+        ),
+        ("gate --list --against main", "--list makes no use of --against main"),
+        ("gate --rates a.json --plant 5", "--rates makes no use of --plant 5.0"),
+        (
+            "gate --write-slow-tree a --plant 5 --names b",
+            "--write-slow-tree makes no use of --names b",
+        ),
+        ("gate --against main --draws 5", "what computes no --rates makes no use of --draws 5"),
+        (
+            "gate --calibrate --accept launches",
+            "--calibrate makes no use of --accept launches",
+        ),
+        ("mutants --full --seed 3", "--full makes no use of --seed 3"),
+        ("mutants --full --per-kernel 2", "--full makes no use of --per-kernel 2"),
+        (
+            "qualify --stages check,fuzz --tune-minutes 3",
+            "--stages check,fuzz makes no use of --tune-minutes 3.0",
+        ),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_do_nothing_is_refused(tmp_path, monkeypatch, words, refusal):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^{re.escape(refusal)}$"):
+        cli.main(words.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (("--seed", "4"), "seed 3, and 4"),
+        (("--kernels", "group"), "kernels combine, and group"),
+        (("--tree", "/"), "tree of this package, and /"),
+        (("--device", DEVICE), "devices cuda:7, and (cpu|cuda:)"),
+    ],
+)
+def test_a_campaign_that_is_resumed_stays_what_it_is(tmp_path, words, difference):
+    file = tmp_path / "campaign.json"
+    settings = Settings(devices=("cuda:7",), seed=3, kernels=("combine",))
+    file.write_text(json.dumps(dataclasses.asdict(settings)))
+    before = file.read_text()
+    with pytest.raises(SystemExit, match=f"^--resume: the campaign .* has {difference}.* asked"):
+        cli.main(["fuzz", "--seconds", "1", "--resume", str(tmp_path), *words])
+    assert [found.name for found in tmp_path.iterdir()] == [file.name]
+    assert file.read_text() == before
+
+
+def test_how_a_campaign_is_run_may_change_where_it_is_resumed(tmp_path, monkeypatch):
+    class StartedError(Exception):
+        pass
+
+    def start(directory, settings, kernels):
+        raise StartedError(settings)
+
+    monkeypatch.setattr("verify.fuzz.Campaign", start)
+    settings = Settings(devices=("cuda:7",), seed=3, kernels=("combine",), patience=5.0)
+    (tmp_path / "campaign.json").write_text(json.dumps(dataclasses.asdict(settings)))
+
+    def resumed(*words: str) -> Settings:
+        with pytest.raises(StartedError) as started:
+            cli.main(["fuzz", "--seconds", "1", "--resume", str(tmp_path), *words])
+        return started.value.args[0]
+
+    assert resumed() == settings
+    assert resumed("--seed", "3", "--kernels", "combine") == settings
+    changed = resumed("--workers", "2", "--patience", "7", "--shrink-seconds", "9")
+    assert changed == dataclasses.replace(settings, workers=2, patience=7.0, shrink_seconds=9.0)
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

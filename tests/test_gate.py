@@ -418,6 +418,11 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
     path.write_text(json.dumps(record | {"base": "other", "visits": "not read"}))
     assert main([*words, "--resume", str(path), "--minutes", "0"]) == 2
     assert json.loads(path.read_text())["visits"] == []
+    path.write_text(json.dumps(record))
+    for option, value in (("--seed", "7"), ("--plant", "9")):
+        with pytest.raises(SystemExit, match=f"^--resume: .* made with {option[2:]} 0.*is {value}"):
+            main([*words, "--resume", str(path), option, value])
+    assert json.loads(path.read_text()) == record
 
 
 @pytest.mark.parametrize(

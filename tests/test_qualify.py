@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from verify.commands.qualify import too_large
-from verify.qualify import Budget, Qualification, Stage, run_stage, shortcomings, stages_of
+from verify.qualify import (
+    Budget,
+    Qualification,
+    Result,
+    Stage,
+    run_stage,
+    shortcomings,
+    stages_of,
+)
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench", "report")
@@ -83,6 +91,33 @@ def test_stages_that_passed_are_not_run_again(tmp_path):
     assert ran[3:] == ["doctor", "check"]
 
 
+@pytest.mark.correctness
+def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
+    ran: list[str] = []
+
+    def passed(stage: Stage) -> Result:
+        ran.append(stage.name)
+        return Result(name=stage.name, status="passed", words=stage.words)
+
+    def again(*, seed: int = 0, tune: float = 8.0) -> list[str]:
+        ran.clear()
+        stages = stages_of(
+            tmp_path, device="cpu", known=COMMANDS, budget=Budget(tune=tune), seed=seed
+        )
+        made = Qualification(tmp_path, stages, {}, seed=seed)
+        made.resume()
+        made.run(lambda stage: None)
+        assert json.loads(made.file.read_text())["seed"] == seed
+        return list(ran)
+
+    monkeypatch.setattr("verify.qualify.run_stage", passed)
+    monkeypatch.setattr("verify.qualify.time.strftime", lambda *words: f"another {len(ran)}")
+    assert again() == list(COMMANDS[:-1])
+    assert again() == []
+    assert again(tune=9.0) == ["tune"]
+    assert again(tune=9.0, seed=3) == ["check", "fuzz", "bench"]
+
+
 def test_a_stage_that_cannot_be_run_here_is_no_failure():
     words = ("sanitize", "--device", "cpu", "--kernels", "glu_forward")
     result = run_stage(Stage(name="sanitize", words=words, purpose="", unavailable=(2,)))
@@ -93,10 +128,13 @@ def test_a_stage_that_cannot_be_run_here_is_no_failure():
 def test_the_command_says_what_it_wrote(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-m", "verify", "qualify", "--device", "cpu", "--stages", "doctor",
-         "--directory", str(tmp_path), "--shared-memory", str(99 * 1024)],
+         "--directory", str(tmp_path), "--shared-memory", str(99 * 1024),
+         "--seed", "2", "--json", str(tmp_path / "copy.json")],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     record = json.loads((tmp_path / "qualify.json").read_text())
+    assert json.loads((tmp_path / "copy.json").read_text()) == record
+    assert record["seed"] == 2
     assert ran.returncode == record["summary"]["failed"]
     assert str(tmp_path / "qualify.json") in ran.stdout
     assert "no GPU" in ran.stdout

@@ -56,11 +56,18 @@ class BenchRecord:
     def take_up(self) -> str:
         """Keep what the file has, if it was made by the same code on the same machine; says what
         was done.
+
+        Raises:
+            ValueError: it was measured with another seed.
         """
         if self.path is None or not self.path.is_file():
             return "there is no record to go on with"
         old = json.loads(self.path.read_text())
-        for key in ("environment", "fingerprint", "seed"):
+        if old.get("seed") != self.head["seed"]:
+            raise ValueError(
+                f"{self.path} has seed {old.get('seed')}, and --seed is {self.head['seed']}"
+            )
+        for key in ("environment", "fingerprint"):
             if old.get(key) != self.head[key]:
                 return f"{self.path} has another {key}: everything is measured again"
         wanted = {case.name for case in self.cases}

@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class Campaign:
             self._kept = [*self._kept[-_KEPT:], draw]
         return new
 
-    def run(self, seconds: float, *, enough: int = 0) -> Iterator[None]:
+    def run(self, seconds: float, *, enough: int = 0) -> Generator[None]:
         """Go on for so many seconds, then until running launches and shrinking end.
 
         enough: findings after which it stops sooner, 0 for any number.

@@ -23,7 +23,8 @@ from .statistics import Rule
 SAMPLES = "gate-samples.json"
 """Raw samples of equal revisions on one GPU, beside its other records."""
 
-_SAME = ("fingerprint", "seed", "base", "head", "plant", "calibration")
+_ASKED = ("seed", "plant", "calibration")
+_SAME = ("fingerprint", "base", "head")
 _SAME_MACHINE = ("device", "driver", "cuda", "torch", "triton", "python")
 
 
@@ -64,10 +65,19 @@ class GateRecord:
         return cls(path=path, head=head)
 
     def take_up(self, path: Path) -> tuple[list[Visit], str]:
-        """The visits of an earlier record of the same comparison, and what was done in words."""
+        """The visits of an earlier record of the same comparison, and what was done in words.
+
+        Raises:
+            ValueError: something else was asked of the earlier run.
+        """
         if not path.is_file():
             return [], "there is no record to go on with"
         old = json.loads(path.read_text())
+        for key in _ASKED:
+            if old.get(key) != self.head[key]:
+                raise ValueError(
+                    f"{path} was made with {key} {old.get(key)}, and this is {self.head[key]}"
+                )
         for key in _SAME_MACHINE:
             before, now = old["environment"].get(key), self.head["environment"].get(key)
             if before != now:

@@ -56,7 +56,8 @@ def stages_of(
     directory: Path, *, device: str, known: Iterable[str], budget: Budget, seed: int
 ) -> tuple[Stage, ...]:
     """The stages in order, of the commands that exist here; records go to `directory`."""
-    common = ("--device", device, "--seed", str(seed))
+    place = ("--device", device)
+    common = (*place, "--seed", str(seed))
 
     def record(name: str) -> tuple[str, ...]:
         return ("--json", str(directory / f"{name}.json"))
@@ -64,7 +65,7 @@ def stages_of(
     every = (
         Stage(
             name="doctor",
-            words=("doctor", *common, *record("doctor")),
+            words=("doctor", *place, *record("doctor")),
             purpose="versions and devices",
         ),
         Stage(
@@ -87,14 +88,14 @@ def stages_of(
         ),
         Stage(
             name="sanitize",
-            words=("sanitize", *common, *record("sanitize"), "--resume", "--minutes", "10"),
+            words=("sanitize", *place, *record("sanitize"), "--resume", "--minutes", "10"),
             purpose="no access is out of bounds",
             unavailable=(2,),
         ),
         Stage(
             name="tune",
             words=(
-                *("tune", *common, "--minutes", f"{budget.tune:g}", *record("tune")),
+                *("tune", *place, "--minutes", f"{budget.tune:g}", *record("tune")),
                 *("--table", str(directory / "plans.json")),
             ),
             purpose="a plan table for this GPU",
@@ -137,7 +138,7 @@ def shortcomings(facts: Mapping[str, Any], *, shared_memory: int | None = None) 
 @dataclass(slots=True)
 class Qualification:
     """Runs stages, and keeps `qualify.json` up to date; stages that passed before are not run
-    again.
+    again, unless other words are asked of them now.
     """
 
     directory: Path
@@ -147,6 +148,7 @@ class Qualification:
     missing: Sequence[str] = ()
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def file(self) -> Path:
@@ -154,14 +156,16 @@ class Qualification:
         return self.directory / "qualify.json"
 
     def resume(self) -> None:
-        """Take over what passed before, on the same machine and with the same sources."""
+        """Take over what passed before: on the same machine, with the same sources and options."""
         if not self.file.is_file():
             return
         known = json.loads(self.file.read_text())
         if any(known.get(key) != getattr(self, key) for key in ("environment", "fingerprint")):
             return
+        asked = {stage.name: _asked(stage.words) for stage in self.stages}
         for values in known["stages"]:
-            if values["status"] == "passed":
+            name, words = values["name"], _asked(values["words"])
+            if values["status"] == "passed" and asked.get(name, words) == words:
                 self.results[values["name"]] = Result(**{**values, "words": tuple(values["words"])})
 
     def run(self, tell: Callable[[Stage], None]) -> None:
@@ -187,7 +191,7 @@ class Qualification:
             "schema": SCHEMA,
             "command": "qualify",
             "environment": dict(self.environment),
-            "seed": 0,
+            "seed": self.seed,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "seconds": round(sum(result.seconds for result in results), 1),
             "fingerprint": dict(self.fingerprint),
@@ -216,6 +220,12 @@ class Qualification:
         if table.is_file():
             found["plans"] = json.loads(table.read_text())
         return found
+
+
+def _asked(words: Sequence[str]) -> list[str]:
+    """The words of a stage without the directory that is made for it alone."""
+    place = list(words).index("--directory") if "--directory" in words else len(words)
+    return [*words[:place], *words[place + 2 :]]
 
 
 def run_stage(stage: Stage) -> Result:

@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +15,14 @@ from ..bench_cases import BUILT_IN, KINDS, ROUTINGS, BenchCase, Grid, targets
 from ..bench_report import print_benchmarks
 from ..peers import PEERS
 from ..timing import Effort, clock_of
-from .common import add_common, check_names, package, prepare, source_directory
+from .common import (
+    add_common,
+    check_names,
+    package,
+    prepare,
+    refuse_unused,
+    source_directory,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", type=_words, default=(), metavar="A,B")
     parser.add_argument("--names", type=_words, default=(), metavar="GLOB,..", help="by name")
     parser.add_argument(
-        "--full", action="store_true", help="the product of all models, tokens, ranks and routings"
+        "--full",
+        action="store_true",
+        help="the product of all tokens, ranks and routings that are not stated",
     )
     parser.add_argument("--list", action="store_true", help="only name what would be timed")
     parser.add_argument(
@@ -68,11 +78,14 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the benchmarks; 1 if any gave wrong results or none, 2 if time ran out."""
+    _refuse_unused(arguments)
     cases = selected(arguments, gpu=arguments.device != "cpu" and torch.cuda.is_available())
     if arguments.list:
         Console().print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
     device = prepare(arguments.device)
+    if arguments.cold and device.type != "cuda":
+        raise SystemExit(f"--cold times compilations for a GPU, and the device is {device}")
     from ..bench_records import BenchRecord
 
     console = Console(stderr=True)
@@ -80,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.json, cases, package=source_directory(), device=device, seed=arguments.seed
     )
     if arguments.resume:
-        console.print(record.take_up(), markup=False)
+        console.print(_taken_up(record), markup=False)
     waiting = [case for case in cases if case.name not in record.names]
     deadline = Deadline(None if arguments.minutes is None else 60 * arguments.minutes)
     columns = (
@@ -131,6 +144,21 @@ def main(arguments: argparse.Namespace) -> int:
     return int(bool(record.failures))
 
 
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    if arguments.list:
+        unused = ("json", "seed", "resume", "minutes", "quick", "cold", "peers", "ahead")
+        refuse_unused("--list", arguments, add_arguments, unused)
+    if arguments.resume and not arguments.json:
+        raise SystemExit("--resume keeps what --json FILE has, and there is no --json")
+
+
+def _taken_up(record: Any) -> str:
+    try:
+        return record.take_up()
+    except ValueError as error:
+        raise SystemExit(f"--resume: {error}") from None
+
+
 def _until(deadline: Deadline, cases: Iterable[BenchCase]) -> Iterator[BenchCase]:
     for case in cases:
         if deadline.passed:
@@ -154,19 +182,23 @@ def selected(arguments: argparse.Namespace, *, gpu: bool) -> tuple[BenchCase, ..
     check_names("routing", arguments.routing, ROUTINGS)
     check_names("dtypes", arguments.dtypes, ("bfloat16", "float16", "float32"))
     models = arguments.models or (BUILT_IN if gpu else ("tiny",))
-    gridded = arguments.T or arguments.rank or arguments.routing or arguments.dtypes
+    stated = {
+        "tokens": arguments.T,
+        "ranks": arguments.rank,
+        "routings": arguments.routing,
+        "dtypes": arguments.dtypes,
+    }
+    narrowed = {name: values for name, values in stated.items() if values}
+    usual = {
+        "tokens": (2048,) if gpu else (24,),
+        "ranks": (16,) if gpu else (8,),
+        "routings": ("balanced",),
+    }
     try:
         if arguments.full:
-            grid = Grid(models=models)
-            cases = grid.cases()
-        elif gridded or not gpu:
-            cases = Grid(
-                models=models,
-                tokens=arguments.T or ((2048,) if gpu else (24,)),
-                ranks=arguments.rank or ((16,) if gpu else (8,)),
-                routings=arguments.routing or ("balanced",),
-                dtypes=arguments.dtypes or ("bfloat16",),
-            ).cases()
+            cases = Grid(models=models, **narrowed).cases()
+        elif narrowed or not gpu:
+            cases = Grid(models=models, **{**usual, **narrowed}).cases()
         else:
             cases = targets(models)
     except ValueError as error:

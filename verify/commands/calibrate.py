@@ -130,7 +130,9 @@ def _resumed(path: Path | None, seed: int) -> dict[str, dict[str, Any]]:
     if path is None or not path.is_file():
         return empty
     record = json.loads(path.read_text())
-    return {key: record[key] for key in empty} if record["seed"] == seed else empty
+    if record["seed"] != seed:
+        raise SystemExit(f"--resume: {path} has seed {record['seed']}, and --seed is {seed}")
+    return {key: record[key] for key in empty}
 
 
 def _groups(state: dict[str, dict[str, Any]]) -> int:

@@ -2,9 +2,10 @@
 
 import argparse
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -15,9 +16,19 @@ PACKAGE = "scattermoe_lora"
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """--json, --device, --seed."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
-    parser.add_argument("--device", help="cpu or cuda; a GPU if there is one, unless stated")
+    add_json(parser)
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", help="cpu or cuda; a GPU if there is one, unless stated")
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +57,40 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def amount(text: str) -> int:
+    """A whole number that may be 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def refuse_unused(
+    which: str,
+    arguments: argparse.Namespace,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    unused: Iterable[str],
+) -> None:
+    """Refuse options, by the names of their values, that `which` makes no use of.
+
+    Raises:
+        SystemExit: one of them is not what it is where nothing is stated.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    given = [name for name in unused if getattr(arguments, name) != parser.get_default(name)]
+    if given:
+        words = ", ".join(_stated(name, getattr(arguments, name)) for name in given)
+        raise SystemExit(f"{which} makes no use of {words}")
+
+
+def _stated(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _words(text: str) -> tuple[str, ...]:

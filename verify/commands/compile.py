@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .common import PACKAGE, count
+from .common import PACKAGE, add_json, count, refuse_unused
 
 _INTERVAL = 10.0
 _ACCEPT = "`python -m verify compile --accept`"
@@ -30,9 +30,7 @@ PARTS = ("kernels", "footprint")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
-    parser.add_argument("--device", help="ignored: nothing is run")
-    parser.add_argument("--seed", type=int, default=0, help="ignored: nothing is drawn")
+    add_json(parser)
     parser.add_argument("--arch", type=int, nargs="+", default=(), metavar="N", help="80 90 ...")
     parser.add_argument("--operations", nargs="+", default=(), metavar="NAME")
     parser.add_argument(
@@ -75,12 +73,9 @@ class Baseline:
 
 def main(arguments: argparse.Namespace) -> int:
     """Compile, count and compare; 1 on a difference or a broken demand, or without a baseline."""
+    parts = _parts(arguments)
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off"):
         raise SystemExit("TRITON_INTERPRET is set, and an interpreting Triton cannot compile")
-    if arguments.accept and arguments.no_baseline:
-        raise SystemExit("--accept writes the baseline that --no-baseline does without")
-    if arguments.accept and arguments.full and not arguments.baseline:
-        raise SystemExit("--full --accept: name another file by --baseline than the one of CI")
     from ..ahead import ARCHITECTURES
     from ..environment import environment
     from ..records import SCHEMA, fingerprints, write_json
@@ -90,7 +85,6 @@ def main(arguments: argparse.Namespace) -> int:
     if unknown:
         raise SystemExit(f"--arch: {unknown} are none of {list(ARCHITECTURES)}")
     numbers = arguments.arch or tuple(ARCHITECTURES)
-    parts = arguments.parts or (PARTS if not arguments.operations else PARTS[:1])
     wanted = _wanted(arguments, numbers) if "kernels" in parts else []
     counted = numbers if "footprint" in parts else ()
     start, head = time.monotonic(), _head(SCHEMA, environment("cpu"))
@@ -124,6 +118,27 @@ def main(arguments: argparse.Namespace) -> int:
     _print(Console(), record, problems, baselines, accepted=arguments.accept)
     failed = record["summary"]["failed"] + len(problems)
     return int(record["summary"]["errors"] + (0 if arguments.accept else failed) > 0)
+
+
+def _parts(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What is asked for.
+
+    Raises:
+        SystemExit: options contradict each other, or are of what is not asked for.
+    """
+    if arguments.accept and arguments.no_baseline:
+        raise SystemExit("--accept writes the baseline that --no-baseline does without")
+    if arguments.accept and arguments.full and not arguments.baseline:
+        raise SystemExit("--full --accept: name another file by --baseline than the one of CI")
+    parts = tuple(arguments.parts) or (PARTS if not arguments.operations else PARTS[:1])
+    if "kernels" not in parts:
+        unused = ("operations", "full", "baseline", "resume")
+        refuse_unused("--parts footprint", arguments, add_arguments, unused)
+    if "footprint" not in parts:
+        refuse_unused("compiling kernels alone", arguments, add_arguments, ("footprint",))
+    if arguments.no_baseline:
+        refuse_unused("--no-baseline", arguments, add_arguments, ("baseline", "footprint"))
+    return parts
 
 
 def _wanted(arguments: argparse.Namespace, numbers: Iterable[int]) -> list[Any]:

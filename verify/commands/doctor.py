@@ -7,14 +7,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common, prepare
+from .common import add_device, add_json, prepare
 
 _STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
+    add_device(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
             "schema": SCHEMA,
             "command": "doctor",
             "environment": environment(device),
-            "seed": arguments.seed,
+            "seed": 0,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "fingerprint": {},

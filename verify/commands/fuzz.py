@@ -1,11 +1,12 @@
 """Kernels on launches that nobody listed, for a time or until stopped."""
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
-from .common import _words, add_common, check_names, count, positive, prepare, source_directory
+from .common import (
+    _words,
+    add_device,
+    add_json,
+    amount,
+    check_names,
+    count,
+    positive,
+    prepare,
+    source_directory,
+)
 
 _FOREVER = 10.0**9
 _PER_GPU = 4
@@ -22,14 +33,19 @@ _PER_GPU = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
-    parser.add_argument("--seconds", type=positive, help="how long; until stopped, unless stated")
-    parser.add_argument("--minutes", type=positive, help="the same in minutes")
+    add_json(parser)
+    add_device(parser)
+    parser.add_argument("--seed", type=int, help="0, unless stated")
+    time_given = parser.add_mutually_exclusive_group()
+    time_given.add_argument(
+        "--seconds", type=positive, help="how long; until stopped, unless stated"
+    )
+    time_given.add_argument("--minutes", type=positive, help="the same in minutes")
     parser.add_argument(
         "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
     )
     parser.add_argument(
-        "--enough", type=int, default=0, metavar="N", help="stop after so many findings"
+        "--enough", type=amount, default=0, metavar="N", help="stop after so many findings"
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
@@ -43,15 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patience",
         type=positive,
-        default=30.0,
-        help="seconds after which a launch counts as hung",
+        help="seconds after which a launch counts as hung (30)",
     )
     parser.add_argument(
-        "--shrink-seconds", type=positive, default=60.0, help="how long each finding is shrunk"
+        "--shrink-seconds", type=positive, help="how long each finding is shrunk (60)"
     )
     parser.add_argument(
         "--sanitize",
-        type=int,
+        type=amount,
         default=0,
         metavar="N",
         help="afterwards, run N of the kept launches under compute-sanitizer",
@@ -69,6 +84,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
     directory, settings = _settings(arguments, device)
+    if arguments.sanitize:
+        _sanitizer(settings, device)
     campaign = Campaign(directory, settings, {spec.name: spec for spec in KERNELS})
     write_json(directory / "campaign.json", asdict(settings))
     tree = Path(settings.tree) if settings.tree else source_directory()
@@ -79,8 +96,11 @@ def main(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     console.print(f"journals and findings in {directory}", highlight=False)
     try:
-        with Live(console=console, refresh_per_second=2, transient=True) as live:
-            for _ in campaign.run(seconds, enough=arguments.enough):
+        with (
+            contextlib.closing(campaign.run(seconds, enough=arguments.enough)) as running,
+            Live(console=console, refresh_per_second=2, transient=True) as live,
+        ):
+            for _ in running:
                 left = end - time.monotonic()
                 live.update(progress(campaign, left if seconds < _FOREVER else 0.0))
                 if not console.is_terminal and time.monotonic() - told > 30:
@@ -109,16 +129,12 @@ def _sanitized(
     campaign: Any, count: int, device: torch.device, console: Console
 ) -> list[dict[str, Any]]:
     """Outcomes under memcheck of so many of the kept launches."""
-    from ..sanitize import EVERY_PLAN, Job, Sanitizer, tool_path, unavailable
+    from ..sanitize import EVERY_PLAN, Job
 
-    tool = tool_path()
-    reason = unavailable(device, tool)
-    if reason or tool is None:
-        raise SystemExit(f"--sanitize: {reason}")
     kept = random.Random(campaign.settings.seed).sample(
         campaign.kept, min(count, len(campaign.kept))
     )
-    sanitizer = Sanitizer(path=tool, device=str(device), tree=campaign.settings.tree)
+    sanitizer = _sanitizer(campaign.settings, device)
     outcomes = list(sanitizer.run([Job(tool=EVERY_PLAN, draw=draw) for draw in kept]))
     wrong = [outcome for outcome in outcomes if not outcome.ok]
     for outcome in wrong:
@@ -127,33 +143,87 @@ def _sanitized(
     return [outcome.as_json() for outcome in outcomes]
 
 
+def _sanitizer(settings: Any, device: torch.device) -> Any:
+    from ..sanitize import Sanitizer, tool_path, unavailable
+
+    tool = tool_path()
+    reason = unavailable(device, tool)
+    if reason or tool is None:
+        raise SystemExit(f"--sanitize: {reason}")
+    return Sanitizer(path=tool, device=str(device), tree=settings.tree)
+
+
 def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path, Any]:
-    """Of a new campaign, or those of the one to be resumed."""
+    """Of a new campaign, or those of the one to be resumed, with what may change of them.
+
+    Raises:
+        SystemExit: there is a campaign already, or none to resume, or it is another one.
+    """
     from ..fuzz import Settings
 
+    stated = {
+        "workers": arguments.workers,
+        "patience": arguments.patience,
+        "shrink_seconds": arguments.shrink_seconds,
+    }
+    changed = {name: value for name, value in stated.items() if value is not None}
     if arguments.resume is not None:
         file = arguments.resume / "campaign.json"
         if not file.is_file():
             raise SystemExit(f"--resume: there is no campaign in {arguments.resume}")
         values = json.loads(file.read_text())
         values |= {name: tuple(values[name]) for name in ("devices", "kernels")}
-        return arguments.resume, Settings(**values)
+        _refuse_another(arguments, values, device)
+        return arguments.resume, replace(Settings(**values), **changed)
     directory = arguments.directory or Path(f"fuzz-{datetime.now():%Y%m%d-%H%M%S}")
     if (directory / "campaign.json").exists():
         raise SystemExit(f"there is a campaign in {directory}; go on with --resume {directory}")
-    devices = ["cpu"]
-    if device.type == "cuda":
-        indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
-        devices = [f"cuda:{index}" for index in indices]
+    devices = _devices(device)
     spare = max((os.cpu_count() or 1) // len(devices), 1)
-    workers = arguments.workers or (min(_PER_GPU, spare) if device.type == "cuda" else 1)
-    tree = str(arguments.tree.resolve()) if arguments.tree else ""
+    usual = {"workers": min(_PER_GPU, spare) if device.type == "cuda" else 1}
     return directory, Settings(
-        devices=tuple(devices),
-        workers=workers,
-        seed=arguments.seed,
+        devices=devices,
+        seed=arguments.seed or 0,
         kernels=arguments.kernels,
-        tree=tree,
-        patience=arguments.patience,
-        shrink_seconds=arguments.shrink_seconds,
+        tree=_tree(arguments),
+        **{**usual, **changed},
     )
+
+
+def _refuse_another(
+    arguments: argparse.Namespace, values: dict[str, Any], device: torch.device
+) -> None:
+    """Refuse options that would make a resumed campaign another one.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    stated = {
+        "devices": _devices(device) if arguments.device else None,
+        "seed": arguments.seed,
+        "kernels": arguments.kernels or None,
+        "tree": _tree(arguments) or None,
+    }
+    for name, value in stated.items():
+        if value not in (None, values[name]):
+            raise SystemExit(
+                f"--resume: the campaign in {arguments.resume} has {name} "
+                f"{_shown(values[name])}, and {_shown(value)} is asked for"
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value) or "of every name"
+    return str(value) or "of this package"
+
+
+def _devices(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ("cpu",)
+    indices = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    return tuple(f"cuda:{index}" for index in indices)
+
+
+def _tree(arguments: argparse.Namespace) -> str:
+    return str(arguments.tree.resolve()) if arguments.tree else ""

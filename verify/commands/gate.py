@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import PACKAGE, add_common, count, prepare, source_directory
+from .common import PACKAGE, add_common, count, prepare, refuse_unused, source_directory
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -83,6 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
     With --calibrate: 0 where every benchmark is in the rates and they are those that are promised,
     1 where they are not, 2 where something was not measured.
     """
+    _refuse_unused(arguments)
     if arguments.rates:
         return _print_rates(arguments)
     if arguments.write_slow_tree:
@@ -107,6 +108,29 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.calibrate:
         return calibrated(record)
     return exit_status(record["summary"])
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Refuse options that have no meaning for what is asked for.
+
+    Raises:
+        SystemExit: there is one.
+    """
+    uses = {
+        "rates": ("draws", "seed"),
+        "write_slow_tree": ("plant",),
+        "list": ("names",),
+    }
+    options = [*uses, "draws", "against", "calibrate", "names", "minutes", "processes", "resume"]
+    options += ["accept", "plant", "ahead", "json", "seed"]
+    for name, used in uses.items():
+        if getattr(arguments, name):
+            unused = [option for option in options if option not in (name, *used)]
+            refuse_unused(f"--{name.replace('_', '-')}", arguments, add_arguments, unused)
+    if not arguments.rates:
+        refuse_unused("what computes no --rates", arguments, add_arguments, ("draws",))
+    if arguments.calibrate:
+        refuse_unused("--calibrate", arguments, add_arguments, ("accept",))
 
 
 def calibrated(record: dict[str, Any]) -> int:
@@ -189,7 +213,10 @@ def _run(
         seconds=60 * arguments.minutes,
     )
     if arguments.resume:
-        gate.found, text = record.take_up(arguments.resume)
+        try:
+            gate.found, text = record.take_up(arguments.resume)
+        except ValueError as error:
+            raise SystemExit(f"--resume: {error}") from None
         console.print(text, markup=False)
     columns = (
         TextColumn("{task.description}"),

@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common, check_names, count, prepare, source_directory
+from .common import (
+    add_common,
+    amount,
+    check_names,
+    count,
+    prepare,
+    refuse_unused,
+    source_directory,
+)
 
 _FAST_PER_KERNEL = 0
 _FAST_CHECKS = 30
@@ -28,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
         "--fast",
-        action="store_true",
+        dest="full",
+        action="store_false",
+        default=False,
         help="those made by hand, and of each function --per-kernel others (default)",
     )
     depth.add_argument("--full", action="store_true", help="every mutant")
@@ -36,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels", type=_words, default=(), metavar="A,B", help="functions, or specs by name"
     )
     parser.add_argument(
-        "--per-kernel", type=int, default=_FAST_PER_KERNEL, metavar="N", help="seeded sample"
+        "--per-kernel", type=amount, default=_FAST_PER_KERNEL, metavar="N", help="seeded sample"
     )
     parser.add_argument(
-        "--checks", type=int, metavar="N", help="give up on a generated mutant after N checks"
+        "--checks", type=amount, metavar="N", help="give up on a generated mutant after N checks"
     )
     parser.add_argument("--jobs", type=count, default=0, metavar="N", help="processes")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
@@ -51,6 +61,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Try the mutants; 1 if one survives."""
+    if arguments.full:
+        refuse_unused("--full", arguments, add_arguments, ("per_kernel", "seed"))
     device = prepare(arguments.device)
     from ..environment import environment
     from ..mutants import as_json, by_hand, generated, known_verdicts, sample, stale, try_all

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import _words, add_common, check_names, package, positive, prepare, source_directory
+from .common import (
+    _words,
+    add_common,
+    check_names,
+    package,
+    positive,
+    prepare,
+    refuse_unused,
+    source_directory,
+)
 
 _STYLES = {"passed": "green", "failed": "bold red", "unavailable": "yellow", "waiting": "dim"}
 
@@ -40,11 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the stages; 1 if one failed."""
+    for name in ("fuzz", "tune", "bench"):
+        if arguments.stages and name not in arguments.stages:
+            which = f"--stages {','.join(arguments.stages)}"
+            refuse_unused(which, arguments, add_arguments, (f"{name}_minutes",))
     device = prepare(arguments.device)
     from ..cli import COMMANDS
     from ..environment import environment, gpu_directory_name
     from ..qualify import Budget, Qualification, shortcomings, stages_of
-    from ..records import fingerprints
+    from ..records import fingerprints, write_json
     from ..specs import KERNELS
 
     lib, console = package(), Console()
@@ -75,6 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
         limits,
         [name for name in wanted if name not in names],
         fingerprints(source_directory(), KERNELS),
+        seed=arguments.seed,
     )
     if not arguments.again:
         run.resume()
@@ -82,6 +96,8 @@ def main(arguments: argparse.Namespace) -> int:
         console.print(Text(f"this GPU: {sentence}", style="yellow"), soft_wrap=True)
     run.run(lambda stage: console.rule(Text(f"{stage.name}: {stage.purpose}")))
     record = run.write(complete=True)
+    if arguments.json:
+        write_json(arguments.json, record)
     table = Table(title="stages", title_justify="left")
     for column in ("stage", "result", "seconds"):
         table.add_column(column)

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .common import add_common, package, prepare
+from .common import add_json, package, prepare
 
 RECORDS = Path(__file__).parent.parent / "records"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
     parser.add_argument(
         "--directory",
         type=Path,

@@ -7,14 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from .common import add_common, positive, prepare
+from .common import add_device, add_json, positive, prepare
 
 _CANNOT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
+    add_device(parser)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what to rerun")
     parser.add_argument(
         "--tree",

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .common import add_common, prepare, source_directory
+from .common import add_json, prepare, source_directory
 
 RECORDS = Path(__file__).parent.parent / "records"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
     parser.add_argument(
         "records",
         nargs="*",

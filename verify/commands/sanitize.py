@@ -5,13 +5,15 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from .common import (
     _words,
-    add_common,
+    add_device,
+    add_json,
     check_names,
     count,
     package,
@@ -25,7 +27,8 @@ _CANNOT = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
+    add_device(parser)
     parser.add_argument(
         "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
     )
@@ -38,9 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", type=Path, metavar="DIR", help="another copy of the package")
 
 
+def _prepared(arguments: argparse.Namespace) -> torch.device:
+    if arguments.resume and not arguments.json:
+        raise SystemExit("--resume keeps what --json FILE has, and there is no --json")
+    return prepare(arguments.device)
+
+
 def main(arguments: argparse.Namespace) -> int:
     """1 if a tool reports something, 2 if nothing can be run here."""
-    device = prepare(arguments.device)
+    device = _prepared(arguments)
     from ..environment import environment
     from ..fuzz_worker import is_fixed, plan_pool
     from ..records import Recorder, fingerprints
@@ -58,7 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.json,
         command="sanitize",
         environment=environment(device),
-        seed=arguments.seed,
+        seed=0,
         fingerprint=fingerprints(tree, kernels),
     )
     console, tool = Console(), tool_path()

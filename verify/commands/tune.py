@@ -14,7 +14,9 @@ from rich.table import Table
 
 from .common import (
     _words,
-    add_common,
+    add_device,
+    add_json,
+    amount,
     check_names,
     count,
     package,
@@ -26,7 +28,8 @@ from .common import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_common(parser)
+    add_json(parser)
+    add_device(parser)
     parser.add_argument(
         "--models",
         type=_words,
@@ -45,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes", type=_words, default=("bfloat16",), metavar="A,B", help="bfloat16"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="samples per candidate")
-    parser.add_argument("--jobs", type=count, default=12, help="processes that compile ahead, or 0")
+    parser.add_argument("--rounds", type=count, default=7, help="samples per candidate")
+    parser.add_argument(
+        "--jobs", type=amount, default=12, help="processes that compile ahead, or 0"
+    )
     parser.add_argument("--minutes", type=positive, default=8.0, help="stop searching after that")
     parser.add_argument(
         "--table", type=Path, help="where to write (default: the own table of this GPU)"
@@ -98,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         "schema": SCHEMA,
         "command": "tune",
         "environment": environment(device),
-        "seed": arguments.seed,
+        "seed": 0,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": fingerprints(source_directory(), KERNELS),
         "plans": [],
