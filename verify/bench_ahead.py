@@ -5,11 +5,10 @@ Every process runs each distinct problem once; Triton's cache on disk carries th
 
 import hashlib
 import importlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from .bench_arms import arm_of
 from .bench_cases import BenchCase
 from .bench_inputs import draw
+from .children import pool
 from .revision import load
 
 PROCESSES = 12
@@ -44,10 +44,9 @@ def compile_ahead(
         )
         jobs.setdefault(job, {})[plain] = None
     workers = max(1, min(processes, len(jobs), (os.cpu_count() or 2) - 1))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+    with pool(workers) as executor:
         waiting = {
-            pool.submit(run_once, tuple(found), str(device), tree): job.name
+            executor.submit(run_once, tuple(found), str(device), tree): job.name
             for job, found in jobs.items()
         }
         for done in as_completed(waiting):

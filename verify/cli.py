@@ -8,8 +8,12 @@ chosen.
 
 import argparse
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 COMMANDS: dict[str, str] = {
     "bench": "times against the floor and the peers, only of what is right",
@@ -31,8 +35,35 @@ COMMANDS: dict[str, str] = {
 DEFAULT = "check"
 
 
+class TerminatedError(KeyboardInterrupt):
+    """This process was told to end, by SIGTERM."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """In the main thread, SIGTERM raises `TerminatedError`, once: what must be done in the end,
+    is. Other threads are told nothing.
+    """
+    told = False
+
+    def tell(*_: Any) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            raise TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command; returns the exit status, that of the signal where it was ended by one."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, DEFAULT)
@@ -46,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.main)
     parsed = parser.parse_args(words)
     try:
-        return parsed.run(parsed)
-    except KeyboardInterrupt:
+        with terminable():
+            return parsed.run(parsed)
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+        terminated = isinstance(error, TerminatedError)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

@@ -8,9 +8,7 @@ faster by more than the spread between two timings of it.
 """
 
 import importlib
-import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from types import ModuleType
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .bench_cases import Shape, shape_of
+from .children import pool
 from .environment import prepare_interpreter
 from .numerics import accumulation_epsilon
 from .timing import Clock, EventClock, HostClock
@@ -224,9 +223,8 @@ def clock_for(device: torch.device) -> Clock:
 def compile_ahead(wanted: Iterable[Target], device: torch.device, jobs: int) -> Iterator[str]:
     """Compile every candidate in parallel processes, with few experts; yields what failed."""
     small = list(dict.fromkeys(wanted))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, prepare_interpreter, (str(device),)) as pool:
-        for failures in pool.map(_compile, small, [str(device)] * len(small)):
+    with pool(jobs, prepare_interpreter, str(device)) as executor:
+        for failures in executor.map(_compile, small, [str(device)] * len(small)):
             yield from failures
 
 

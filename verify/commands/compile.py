@@ -6,11 +6,10 @@ Triton version. footprint: launches and allocated bytes of every benchmark case.
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..children import pool
 from .common import PACKAGE, add_json, count, refuse_unused
 
 _INTERVAL = 10.0
@@ -207,7 +207,6 @@ def _compile(
     """Compile what has no outcome yet, in processes of their own."""
     open_jobs = [job for job in wanted if job.key not in outcomes]
     processes = min(arguments.jobs or os.cpu_count() or 1, max(len(open_jobs), 1))
-    context = multiprocessing.get_context("spawn")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -217,21 +216,17 @@ def _compile(
     written = time.monotonic()
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool,
+        pool(processes) as executor,
     ):
         task = progress.add_task("compiling", total=len(open_jobs))
-        waiting = {pool.submit(_one, job): job for job in open_jobs}
-        try:
-            for done in as_completed(waiting):
-                job = waiting[done]
-                outcomes[job.key] = _outcome(job, done, baseline, accept=arguments.accept)
-                progress.advance(task)
-                if time.monotonic() - written > _INTERVAL:
-                    write(complete=False)
-                    written = time.monotonic()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        waiting = {executor.submit(_one, job): job for job in open_jobs}
+        for done in as_completed(waiting):
+            job = waiting[done]
+            outcomes[job.key] = _outcome(job, done, baseline, accept=arguments.accept)
+            progress.advance(task)
+            if time.monotonic() - written > _INTERVAL:
+                write(complete=False)
+                written = time.monotonic()
 
 
 def _one(job: Any) -> tuple[list[dict[str, Any]], list[str]]:
@@ -251,14 +246,13 @@ def _footprints(
 ) -> dict[str, dict[str, Any]]:
     """Outcomes of every benchmark case, an architecture per process."""
     processes = arguments.jobs or os.cpu_count() or 1
-    context = multiprocessing.get_context("spawn")
     console = Console(stderr=True)
     found: dict[str, dict[str, Any]] = {}
     with (
         console.status("counting launches and bytes"),
-        ProcessPoolExecutor(max_workers=processes, mp_context=context) as pool,
+        pool(processes) as executor,
     ):
-        for answers in pool.map(_count, numbers):
+        for answers in executor.map(_count, numbers):
             for answer in answers:
                 found[answer["job"]] = _compared(answer, baseline, accept=arguments.accept)
     return found
