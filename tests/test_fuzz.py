@@ -388,6 +388,57 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path):
     assert after["seconds"] > before["seconds"]
 
 
+def test_a_campaign_that_is_told_to_end_leaves_a_record_and_no_worker(tmp_path):
+    home = tmp_path / "campaign"
+    words = ["--kernels", "combine", "--device", "cpu", "--workers", "2", "--seed", "3"]
+    command = [sys.executable, "-m", "verify", "fuzz", *words, "--directory", str(home)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            running = workers_of(home)
+            if len(running) == 2 and any("done" in line for line in lines_of(home)):
+                break
+            time.sleep(0.02)
+        assert len(running) == 2
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+        assert not workers_of(home)
+    finally:
+        for pid in (process.pid, *workers_of(home)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+    done = sum("done" in line for line in lines_of(home))
+    assert f"go on with --resume {home}" in said.replace("\n", "")
+    record = json.loads((home / "fuzz.json").read_text())
+    assert not record["summary"]["complete"]
+    assert record["summary"]["cases"] <= done
+    values = json.loads((home / "campaign.json").read_text())
+    settings = Settings(**values | {"devices": ("cpu",), "kernels": ("combine",)})
+    resumed = Campaign(home, settings, {spec.name: spec for spec in KERNELS})
+    assert resumed.settings.seed == 3
+    assert resumed.counts.launches == done
+
+
+def lines_of(home: Path) -> list[dict]:
+    """What the journals of a campaign say."""
+    return [line for path in sorted(home.glob("journal-*")) for line in journal.read(path)]
+
+
+def workers_of(home: Path) -> list[int]:
+    """Running processes that write a journal of a campaign."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (place / "cmdline").read_bytes().split(b"\0")
+            if b"verify.fuzz_worker" in words and any(bytes(home) in word for word in words):
+                found.append(int(place.name))
+    return found
+
+
 @pytest.mark.correctness
 def test_what_was_running_when_the_machine_died_is_run_first(tmp_path):
     draw = drawn(path="tiles", seed=77)
