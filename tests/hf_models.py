@@ -98,7 +98,7 @@ def step(model, ids):
     model.zero_grad()
     logits = model(input_ids=ids).logits
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits * direction.to(logits.dtype)).sum().backward()
+    (logits * direction.to(logits)).sum().backward()
     grads = {
         name: parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()

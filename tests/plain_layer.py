@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import scattermoe_lora.integrations.transformers as layer
+from scattermoe_lora._interpreter import INTERPRETED
 from scattermoe_lora.ops.glu import Gate
 from scattermoe_lora.quant import FourBit
 from verify import references as plain
@@ -97,6 +98,15 @@ def four_bit(stored, expert_ids=None, *, dtype, out=None, plan=None):
     ids = torch.as_tensor(list(ids) if isinstance(ids, range) else ids)
     found = plain_quant.four_bit(tensors, problem, dtype=dtype, expert_ids=ids)
     return found if out is None else out.copy_(found)
+
+
+@pytest.fixture
+def decoding_on_the_cpu(monkeypatch):
+    """4-bit experts on the CPU are decoded: by the kernel, or where it is compiled for a GPU by the
+    reference.
+    """
+    if not INTERPRETED:
+        monkeypatch.setattr(FourBit, "dense", four_bit)
 
 
 @pytest.fixture

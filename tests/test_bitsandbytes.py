@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import bitsandbytes
 import plain_layer
 import transformers
-from plain_layer import products, references  # noqa: F401
+from plain_layer import decoding_on_the_cpu, products, references  # noqa: F401
 from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,7 +74,9 @@ def saved(tmp_path):
 @pytest.mark.correctness
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved):
+def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved, monkeypatch):
+    # One expert at a time, where bitsandbytes packs them all at once.
+    monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", 1)
     dense, path = saved(family)
     config = packing.ExpertsQuantizationConfig(bnb_4bit_use_double_quant=nested)
     model = loaded(path, quantization_config=config)
@@ -82,7 +84,9 @@ def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved):
     for name in NAMES:
         packed, state = parametrised(experts, name)
         expected, expected_state = bitsandbytes.functional.quantize_4bit(
-            getattr(reference, name).data, quant_type="nf4", compress_statistics=nested
+            getattr(reference, name).data.to(packed.device),
+            quant_type="nf4",
+            compress_statistics=nested,
         )
         assert torch.equal(packed, expected)
         assert torch.equal(bits(state.absmax), bits(expected_state.absmax))
@@ -108,10 +112,11 @@ def test_saving_and_loading_keeps_every_bit(family, nested, linears, saved, tmp_
 @pytest.mark.correctness
 def test_packing_a_loaded_model_equals_packing_while_loading(saved, tmp_path):
     model, path = saved("qwen3_moe")
-    report = packing.quantize_experts(model)
+    there = packing.local_device()
+    report = packing.quantize_experts(model.to(there))
     config = packing.ExpertsQuantizationConfig(linears=False)
     same_state(model.state_dict(), loaded(path, quantization_config=config).state_dict())
-    dense = hf_models.tiny_model("qwen3_moe", dtype=torch.bfloat16)
+    dense = hf_models.tiny_model("qwen3_moe", dtype=torch.bfloat16).to(there)
     for row, name in zip(report.rows, NAMES, strict=True):
         truth = getattr(hf_models.experts_of(dense)[0], name).double()
         got = decoded(hf_models.experts_of(model)[0], name).double()
@@ -165,11 +170,21 @@ def many_experts(**settings):
 
 
 @pytest.mark.correctness
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("shape", [(8, 16), (3, 10)], ids=["whole blocks", "shared blocks"])
+def test_the_report_decodes_what_the_kernel_decodes(shape, nested, device):
+    weight = torch.randn(5, *shape, generator=torch.Generator().manual_seed(6)).to(device)
+    packed, state = _four_bit.quantized(weight, quant_type="nf4", blocksize=32, nested=nested)
+    stored = _four_bit.four_bit(packed, state)
+    expected = stored.dense(dtype=torch.float32)
+    for expert in range(5):
+        assert torch.equal(_four_bit.decoded(stored, expert), expected[expert])
+
+
+@pytest.mark.correctness
 def test_packing_needs_no_more_than_one_dense_stack(monkeypatch):
     model, stack = many_experts()
     monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", stack // 64)
-    # Triton's interpreter copies the operands of the kernel that decodes for the report.
-    monkeypatch.setattr(_four_bit, "relative_error", lambda packed, dense: 0.0)
     gc.collect()
     with Peak(model) as peak:
         report = packing.quantize_experts(model)
@@ -260,6 +275,7 @@ def test_experts_packed_on_the_cpu_run_on_a_gpu(device):
 
 
 @pytest.mark.correctness
+@pytest.mark.usefixtures("decoding_on_the_cpu")
 def test_a_base_kept_elsewhere_comes_back_to_where_the_model_is():
     model = hf_models.tiny_model("olmoe")
     packing.quantize_experts(model)
@@ -284,11 +300,14 @@ def test_a_base_kept_elsewhere_comes_back_to_where_the_model_is():
         *((f, "kernels") for f in hf_models.FAMILIES if f not in ("qwen3_moe", "gpt_oss")),
     ],
 )
-def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family, place, monkeypatch):
+def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(
+    family, place, monkeypatch, device
+):
     if place == "references":
         plain_layer.install(monkeypatch)
+        device = torch.device("cpu")
     # PEFT itself is wrong on packed experts since 0.19.1, so it judges on the decoded ones.
-    model = hf_models.tiny_model(family)
+    model = hf_models.tiny_model(family).to(device)
     dense = copy.deepcopy(model)
     packing.quantize_experts(model)
     with torch.no_grad():
@@ -297,7 +316,7 @@ def test_adapters_on_packed_experts_are_those_on_the_decoded_ones(family, place,
             getattr(hf_models.experts_of(dense)[0], name).copy_(weight)
     dense, model = adapted(dense), ours(adapted(model))
     copy_adapters(dense, model)
-    ids = hf_models.tokens()
+    ids = hf_models.tokens().to(device)
     truth = hf_models.step(hf_models.eager(dense, dtype=torch.float64), ids)
     plain = hf_models.step(hf_models.eager(dense), ids)
     got = hf_models.step(model, ids)
@@ -374,6 +393,7 @@ def test_another_implementation_on_packed_experts_is_refused():
 @pytest.mark.correctness
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+@pytest.mark.usefixtures("decoding_on_the_cpu")
 def test_merging_into_packed_experts(family, nested, tmp_path):
     model = hf_models.tiny_model(family, dtype=torch.bfloat16)
     packing.quantize_experts(model, nested=nested)
@@ -463,7 +483,7 @@ def test_the_fine_tuners_example(saved, tmp_path):
         dtype=torch.bfloat16,
     )
     assert "2 of 2 expert parameters adapted" in str(coverage(model))
-    ids = hf_models.tokens()
+    ids = hf_models.tokens().to(model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(3):

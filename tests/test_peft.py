@@ -52,9 +52,9 @@ def ours(model):
 
 @pytest.mark.correctness
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
-def test_factored_adapters_equal_pefts_sum(family):
-    model = adapted(hf_models.tiny_model(family))
-    ids = hf_models.tokens()
+def test_factored_adapters_equal_pefts_sum(family, device):
+    model = adapted(hf_models.tiny_model(family).to(device))
+    ids = hf_models.tokens().to(device)
     truth = hf_models.step(hf_models.eager(model, dtype=torch.float64), ids)
     plain = hf_models.step(hf_models.eager(model), ids)
     hf_models.assert_as_good(hf_models.step(ours(model), ids), plain, truth)

@@ -101,12 +101,13 @@ def run(module, x, index, weights, *, implementation, dtype=None):
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     out = module(x, index, weights)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    (out * direction.to(out.dtype)).sum().backward()
+    (out * direction.to(out)).sum().backward()
     grads = {name: parameter.grad for name, parameter in module.named_parameters()}
     return {"out": out.detach(), "x": x.grad, "weights": weights.grad, **grads}
 
 
-def judge(module, x, index, weights):
+def judge(module, x, index, weights, *, device="cpu"):
+    module, x, index, weights = (each.to(device) for each in (module, x, index, weights))
     truth = run(module, x, index, weights, implementation="eager", dtype=torch.float64)
     plain = run(module, x, index, weights, implementation="eager")
     got = run(module, x, index, weights, implementation=layer.KEY)
@@ -125,8 +126,8 @@ def test_registering_adds_one_name():
 
 @pytest.mark.correctness
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_every_layout_equals_eager(flags):
-    judge(experts_module(**flags), *operands())
+def test_every_layout_equals_eager(flags, device):
+    judge(experts_module(**flags), *operands(), device=device)
 
 
 @pytest.mark.usefixtures("products")
@@ -151,8 +152,8 @@ def test_every_family_equals_eager(family):
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(0, marks=pytest.mark.correctness), 1, 2])
-def test_decode_sized_inputs(tokens):
-    judge(experts_module(), *operands(tokens))
+def test_decode_sized_inputs(tokens, device):
+    judge(experts_module(), *operands(tokens), device=device)
 
 
 @pytest.mark.usefixtures("products")
@@ -186,13 +187,13 @@ def test_weights_of_the_router_are_not_rounded_to_the_dtype_of_the_experts():
 
 
 @pytest.mark.correctness
-def test_sentinels_are_dropped():
+def test_sentinels_are_dropped(device):
     module, (x, index, weights) = experts_module(), operands()
     index[0] = module.num_experts
     index[3, 1] = module.num_experts
     index[5, 0] = -1
     # One of the two choices of token 5 is dropped, so its weight gets no gradient.
-    got = judge(module, x, index, weights)
+    got = judge(module, x, index, weights, device=device)
     assert not got["out"][0].any()
     assert got["weights"][5, 0] == 0
 

@@ -102,8 +102,9 @@ def quantized(
 ) -> tuple[Tensor, Any]:
     """Packed bytes and state of a dense stack [experts, d1, d2], as bitsandbytes packs it whole.
 
-    Experts are packed a few at a time: only those few are beside the result on `device`, and in the
-    fp32 that some backends work in. Where blocks straddle experts all are packed at once.
+    Experts are packed a few at a time: only those few, and what they are packed to, are beside
+    the result on `device`, and in the fp32 that some backends work in. Where blocks straddle
+    experts, or all of them are few, they are packed at once.
     """
     from bitsandbytes import functional
 
@@ -112,7 +113,7 @@ def quantized(
     settings = {"blocksize": blocksize, "quant_type": quant_type}
     elements = weight[0].numel()
     step = max(1, PACKED_ELEMENTS // elements)
-    if elements % blocksize:
+    if elements % blocksize or step >= weight.shape[0]:
         return functional.quantize_4bit(
             weight.to(device).contiguous(), compress_statistics=nested, **settings
         )
@@ -249,13 +250,32 @@ def replace(module: nn.Module, name: str, merged: Tensor, *, like: Parametrised)
     return relative_error(four_bit(packed, new_state), merged)
 
 
+def decoded(stored: FourBit, expert: int) -> Tensor:
+    """One expert in fp32, [d1, d2], as `FourBit.dense` has it, but by torch.
+
+    So experts are packed, and the error is reported, also where no kernel runs.
+    """
+    elements = math.prod(stored.shape)
+    low, high = expert * elements, (expert + 1) * elements
+    pairs = stored.packed.reshape(-1)[low // 2 : high // 2]
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=1).reshape(-1)
+    first = low // stored.blocksize
+    scales = stored.absmax.reshape(-1)[first : math.ceil(high / stored.blocksize)]
+    if stored.nested is not None:
+        blocks = torch.arange(first, first + scales.numel(), device=stored.device)
+        outer = stored.nested.absmax.reshape(-1)[blocks // stored.nested.blocksize]
+        scales = stored.nested.code[scales.int()] * outer + stored.nested.offset
+    scale = scales.repeat_interleave(stored.blocksize)[low % stored.blocksize :][:elements]
+    return (stored.codebook[codes.int()] * scale).view(stored.shape)
+
+
 def relative_error(stored: FourBit, dense: Tensor) -> float:
     """||decoded - dense|| / ||dense||, one expert at a time."""
     difference = torch.zeros((), dtype=torch.float64, device=stored.device)
     norm = torch.zeros_like(difference)
     for expert in range(stored.experts):
         truth = dense[expert].to(stored.device).float()
-        decoded = stored.dense(range(expert, expert + 1), dtype=torch.float32)[0].sub_(truth)
-        difference += torch.linalg.vector_norm(decoded, dtype=torch.float64).square()
+        error = decoded(stored, expert).sub_(truth)
+        difference += torch.linalg.vector_norm(error, dtype=torch.float64).square()
         norm += torch.linalg.vector_norm(truth, dtype=torch.float64).square()
     return float((difference / norm).sqrt()) if float(norm) else 0.0
