@@ -65,7 +65,8 @@ class Simulated:
         inputs, faults = self.inputs, self.faults
         adapter = expert if adapter is None else adapter
         weight = inputs["weight"][expert].float()
-        a, b = inputs["lora_a"][adapter].float(), inputs["lora_b"][adapter].float()
+        factors = (inputs[name][adapter].to(inputs.dtype) for name in ("lora_a", "lora_b"))
+        a, b = (factor.float() for factor in factors)
         scaling = inputs.scaling
         if "scaling 1% off" in faults:
             scaling *= 1.01
@@ -120,6 +121,15 @@ def test_right_answers_pass_on_parallel_inputs(dtype):
         drawn = make_inputs(CASE, dtype, "balanced", CPU, seed=seed)
         parallel = (drawn["x"][:1] * torch.linspace(0.5, 2, CASE.tokens)[:, None]).to(dtype)
         inputs = drawn.having(x=parallel, lora_b=drawn["lora_b"][..., :1].expand(-1, -1, 16))
+        assert worst(inputs, Simulated(inputs).forward()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_right_answers_pass_where_a_kernel_rounds_the_factors(dtype):
+    """One rank: all that K roundings of A do to a row of t moves the whole row of y."""
+    case = replace(CASE, tokens=200, k_in=40, n_out=48, rank=1, bias=False, lora_dtype="float32")
+    for seed in range(20):
+        inputs = make_inputs(case, dtype, "balanced", CPU, seed=seed)
         assert worst(inputs, Simulated(inputs).forward()) <= 1
 
 

@@ -163,20 +163,21 @@ def row_expected(
 
     truth, terms: [rows, .] in `target` order; without a truth the value is the model's (tf32
     operands).
-    sources: rounded operand elements behind one row, the rank unless stated. freedom: [kept], of
-    their effect
-    on a row; as many as sources unless stated.
+    sources: rounded operand elements behind one row, the rank unless stated; where factors are
+    rounded too, each brings a row and a column of them. freedom: [kept], of their effect on a row;
+    as many as sources unless stated.
     """
     placed = model.rearranged(lambda part: groups.spread(part, target))
     labels = groups.labels(target)
     rounded_adapter = inputs.lora_dtype != inputs.dtype
     count = torch.full_like(labels, inputs.case.rank if sources is None else sources)
+    roundings = count * (1 + inputs.case.k_in + inputs.case.n_out) if rounded_adapter else count
     return Expected(
         value=placed.value if truth is None else truth,
         model=placed,
         dtype=inputs.dtype,
         expert=labels,
-        sources=count,
+        sources=roundings,
         freedom=count.double() if freedom is None else groups.spread(freedom, target),
         zero=labels == groups.experts,
         terms=terms or {},
