@@ -77,6 +77,11 @@ def test_peak_counts_what_is_alive_and_the_sum_all_of_it():
     assert found.launches == {"aten.zeros": 1}
 
 
+def test_what_holds_nothing_is_not_counted():
+    found = counted(scattermoe_lora, HOPPER, lambda: lambda: torch.empty(9, device="meta").mul(2))
+    assert (found.allocations, found.launches) == (0, {})
+
+
 def test_what_existed_before_is_not_counted_and_what_is_written_is():
     before = torch.ones(64, 64)
     found = counted(scattermoe_lora, HOPPER, lambda: lambda: before.view(-1).mul_(2))

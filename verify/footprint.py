@@ -79,7 +79,7 @@ class _Counted:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts storages and operations of torch.
+    """Counts storages and operations of torch, but for those that hold nothing (meta).
 
     Integers that nobody computes decide sizes where only the experts in use are decoded: a new
     int32 tensor holds 0, 1, 2, ..., which as offsets mean one row for each expert.
@@ -100,6 +100,8 @@ class _Watch(TorchDispatchMode):
         given = {_key(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         result = func(*args, **(kwargs or {}))
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if made and all(value.is_meta for value in made):
+            return result
         fresh = {_key(value): value for value in made if _key(value) not in given}
         for value in fresh.values():
             self._counted.allocate(value.untyped_storage())
