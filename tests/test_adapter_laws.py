@@ -18,7 +18,7 @@ from test_peft import RANK, adapted, merged_by_hand, ours, randomise, two_adapte
 from torch import nn
 
 import scattermoe_lora.integrations.transformers as layer
-from scattermoe_lora.integrations import _checkpoints, _merge, _wrappers
+from scattermoe_lora.integrations import _checkpoints, _four_bit, _merge, _wrappers
 from scattermoe_lora.integrations import bitsandbytes as packing
 from scattermoe_lora.integrations import peft as adapters
 
@@ -419,11 +419,49 @@ def test_merging_nothing_more_changes_nothing():
     assert [row.adapters for row in adapters.merge(model, []).rows] == [(), ()]
     assert hasattr(experts, "parametrizations")
     adapters.merge(model)
-    before = [id(weight) for weight in experts.parameters()]
+    before = [weight.data_ptr() for weight in experts.parameters()]
+    report = adapters.merge(model)
+    assert [row.requantization_error for row in report.rows] == [None, None]
+    assert [weight.data_ptr() for weight in experts.parameters()] == before
+    adapters.merge(model, requantize=True)
+    before = [weight.data_ptr() for weight in experts.parameters()]
     for requantize in (False, True):
         report = adapters.merge(model, requantize=requantize)
         assert [row.requantization_error for row in report.rows] == [None, None]
-        assert [id(weight) for weight in experts.parameters()] == before
+        assert [weight.data_ptr() for weight in experts.parameters()] == before
+
+
+@pytest.mark.parametrize("names", [None, []], ids=["active", "none"])
+def test_what_was_merged_is_quantised_later_as_at_once(names):
+    def packed():
+        (experts,) = hf_models.experts_of(model.get_base_model())
+        assert hasattr(experts, "parametrizations")
+        return [_four_bit.parametrised(experts, name) for name in NAMES]
+
+    model = ours(adapted(model_of(packed=True)))
+    base = [item.packed.clone() for item in packed()]
+    at_once = adapters.merge(model, requantize=True)
+    wanted = packed()
+    adapters.unmerge(model)
+    adapters.merge(model)
+    later = adapters.merge(model, names, requantize=True)
+    assert later == at_once
+    assert all(row.requantization_error > 0 for row in later.rows)
+    for one, other, before in zip(packed(), wanted, base, strict=True):
+        assert torch.equal(one.packed, other.packed)
+        assert torch.equal(one.state.absmax, other.state.absmax)
+        assert not torch.equal(one.packed, before)
+    adapters.unmerge(model)
+    assert all(torch.equal(one.packed, before) for one, before in zip(packed(), base, strict=True))
+
+
+def test_a_dense_base_is_not_quantised_later():
+    model = ours(adapted(model_of()))
+    adapters.merge(model)
+    before = [weight.data_ptr() for weight in model.parameters()]
+    report = adapters.merge(model, requantize=True)
+    assert [row.requantization_error for row in report.rows] == [None, None]
+    assert [weight.data_ptr() for weight in model.parameters()] == before
 
 
 def test_no_names_for_a_mixed_batch_are_the_active_adapters():

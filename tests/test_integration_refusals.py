@@ -95,6 +95,27 @@ def test_a_factor_without_the_other_is_refused(tmp_path):
         adapters.load_adapter(model_of(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("", r"no adapter_config\.json"),
+        ("adapter_config.json", r"no adapter_config\.json"),
+        ("adapter_model.safetensors", r"no adapter_model\.safetensors or adapter_model\.bin"),
+    ],
+    ids=["directory", "configuration", "weights"],
+)
+def test_a_directory_without_an_adapter_is_refused(lost, words, tmp_path):
+    directory = tmp_path / "adapter"
+    if lost:
+        adapters.adapt(model_of(), config()).save_pretrained(directory)
+        (directory / lost).unlink()
+    model = model_of()
+    before = state(model)
+    with pytest.raises(FileNotFoundError, match=f"^{directory} holds no adapter: {words} in it$"):
+        adapters.load_adapter(model, directory)
+    assert state(model) == before
+
+
 @pytest.mark.parametrize("names", ["nonsense", ["default", "nonsense"]], ids=str)
 def test_merging_an_adapter_that_is_not_there_is_refused(names):
     model = adapters.adapt(model_of(), config())
@@ -145,3 +166,16 @@ def test_formats_that_are_not_there_are_refused(settings, words):
         packing.ExpertsQuantizationConfig(
             **{f"experts_{name}": value for name, value in settings.items()}
         )
+
+
+@pytest.mark.parametrize("seen", [0, 2])
+def test_devices_that_are_not_there_are_refused(monkeypatch, seen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    model = hf_models.tiny_model("qwen3_moe")
+    values = tensors(model)
+    for device in ("cuda", torch.device("cuda", 0), "cuda:2")[0 if seen == 0 else 2 :]:
+        words = f"cannot be packed on {device}: torch sees {seen} CUDA devices"
+        with pytest.raises(ValueError, match=words):
+            packing.quantize_experts(model, device=device)
+    assert same(tensors(model), values)

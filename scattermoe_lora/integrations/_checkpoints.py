@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
@@ -54,13 +55,24 @@ def full_names(model: nn.Module, targets: list[str] | None) -> list[str] | None:
     return list(dict.fromkeys(names))
 
 
+def expect_adapter(directory: Path) -> None:
+    """Refuse a directory that is no checkpoint of an adapter.
+
+    Raises:
+        FileNotFoundError: its configuration or its weights are not there.
+    """
+    for names in ((CONFIG_NAME,), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        if not any((directory / name).is_file() for name in names):
+            raise FileNotFoundError(f"{directory} holds no adapter: no {' or '.join(names)} in it")
+
+
 def written_version(directory: Path, written_by: str | None) -> str:
     """The version of PEFT that wrote a checkpoint.
 
     Raises:
         ValueError: the checkpoint does not say, and `written_by` is not given.
     """
-    config = json.loads((directory / "adapter_config.json").read_text())
+    config = json.loads((directory / CONFIG_NAME).read_text())
     version = written_by or config.get("peft_version")
     if not version:
         raise ValueError(

@@ -59,6 +59,9 @@ def merge_wrapper(
 ) -> float | None:
     """Merge adapters `names`, beside those merged already, into the parameter of one wrapper.
 
+    requantize: quantise the result in the format of its base, also where it has been dense since an
+    earlier merge and there is no further name.
+
     Returns:
         The error of quantising again, or None where the merged parameter is dense.
 
@@ -66,11 +69,13 @@ def merge_wrapper(
         ValueError: check, and the merged weights are not finite.
     """
     names = [name for name in names if name in wrapper.lora_A]
-    if not names:
-        return None
     experts, parameter = wrapper.get_base_layer(), wrapper.parameter_name
-    transposed = ExpertsLayout.of(experts).transposed
     kept = wrapper.__dict__.get(_KEPT)
+    decoded = kept is not None and kept.four_bit is not None
+    dense = decoded and _four_bit.parametrised(experts, parameter) is None
+    if not names and not (requantize and dense):
+        return None
+    transposed = ExpertsLayout.of(experts).transposed
     if kept is None:
         kept = Kept.of(experts, parameter)
     loras = [

@@ -303,11 +303,13 @@ def quantize_experts(
         device: where to pack, and to leave the packed bytes; by default where each stack is.
 
     Raises:
-        ValueError: quant_type or blocksize is none that bitsandbytes has.
+        ValueError: quant_type or blocksize is none that bitsandbytes has, or there is no such
+            CUDA device.
         ValueError, UnsupportedExpertsError: as `experts_modules`.
         TypeError: a stack is stored in another packed format.
     """
     _four_bit.check_settings(quant_type, blocksize)
+    _expect_device(device)
     rows = []
     for name, module, parameter in list(_stacks(model)):
         if _four_bit.parametrised(module, parameter) is not None:
@@ -334,6 +336,20 @@ def quantize_experts(
     if rows and isinstance(model, PreTrainedModel):
         _mark(model, quant_type=quant_type, blocksize=blocksize, nested=nested)
     return QuantizationReport(rows=tuple(rows))
+
+
+def _expect_device(device: torch.device | str | None) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Raises:
+        ValueError: torch sees fewer.
+    """
+    chosen = None if device is None else torch.device(device)
+    if chosen is None or chosen.type != "cuda":
+        return
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (chosen.index or 0) >= seen:
+        raise ValueError(f"experts cannot be packed on {chosen}: torch sees {seen} CUDA devices")
 
 
 def register() -> None:

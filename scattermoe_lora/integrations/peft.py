@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import _merge
-from ._checkpoints import load_factors, new_wrappers, written_version
+from ._checkpoints import expect_adapter, load_factors, new_wrappers, written_version
 from ._coverage import AdapterRow, Coverage, ParameterRow, check_targets, coverage_of
 from ._experts import KEY, ExpertsLayout, experts_modules, implementation
 from ._factors import active_factors
@@ -243,10 +243,12 @@ def load_adapter(
         written_by: the version of PEFT that wrote the checkpoint, where it does not say.
 
     Raises:
+        FileNotFoundError: the directory holds no adapter.
         ValueError: the version is not known; factors and parameters do not fit; or as `attach`.
             The model is as it was then.
     """
     directory = Path(directory)
+    expect_adapter(directory)
     version = written_version(directory, written_by)
     config = PeftConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
@@ -264,7 +266,8 @@ def merge(
     Args:
         adapters: names; the active ones by default. Adapters that are merged already stay merged.
         requantize: quantise merged experts again, in their own format; the report states the error
-            that this adds. Otherwise quantised experts become dense, and stay so until unmerged.
+            that this adds. Otherwise quantised experts become dense, and stay so until unmerged, or
+            until a merge, of nothing further too, quantises them again.
 
     Raises:
         ValueError: nothing is attached, or a name is that of no adapter on an expert parameter.
