@@ -145,10 +145,21 @@ def environment_reads(root: Path) -> list[str]:
 
 
 def tracked(root: Path) -> list[Path]:
-    """The files that git tracks."""
+    """The files that git tracks; in an unpacked archive, which has no history, every file."""
+    if not (root / ".git").exists():
+        found = (path for path in root.rglob("*") if path.is_file())
+        return sorted(path for path in found if not made_here(path.relative_to(root)))
     listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True, check=True)
     paths = (root / name.decode() for name in listed.stdout.split(b"\0") if name)
     return [path for path in paths if path.is_file()]
+
+
+def made_here(path: Path) -> bool:
+    """Whether a tool or the import system wrote a file, or a directory that it is in."""
+    return any(
+        part.startswith(".") or part.endswith(".egg-info") or part in ("__pycache__", "build")
+        for part in path.parts
+    )
 
 
 def long_files(root: Path) -> list[str]:
@@ -227,6 +238,25 @@ def test_a_planted_violation_is_seen(tmp_path, check, path, source, words):
     subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
     (wrong,) = check(tmp_path)
     assert words in wrong
+
+
+@pytest.mark.parametrize(
+    ("check", "path", "source"),
+    [
+        (long_files, "tests/test_long.py", "\n" * (MAX_LINES + 1)),
+        (machine_paths, "README.md", "see /" + "work/main/notes"),
+    ],
+)
+def test_a_planted_violation_is_seen_in_an_unpacked_archive(tmp_path, check, path, source):
+    good_tree(tmp_path)
+    shutil.rmtree(tmp_path / ".git")
+    for place in (".cache", "tests/__pycache__", "."):
+        assert check(tmp_path) == []
+        file = tmp_path / place / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    (wrong,) = check(tmp_path)
+    assert wrong.startswith(path)
 
 
 def good_tree(root: Path) -> None:

@@ -28,7 +28,7 @@ from verify.bench_inputs import draw
 from verify.bench_records import BenchRecord
 from verify.cli import main
 from verify.floors import Ceilings, floor_ms
-from verify.timing import Effort, HostClock
+from verify.timing import Effort, clock_of
 
 pytestmark = pytest.mark.correctness
 
@@ -144,9 +144,9 @@ def test_the_composition_is_right_and_its_errors_are_seen(case):
 
 
 @pytest.mark.hf
-def test_peers_are_right_before_they_are_timed(monkeypatch):
+def test_peers_are_right_before_they_are_timed(monkeypatch, device):
     case = tiny("layer", "step")
-    drawn = draw(case, CPU)
+    drawn = draw(case, device)
     judge = Judge.of(case, drawn)
     monkeypatch.setattr(peers, "_unadapted_problem", lambda *arguments: "not judged here")
     arms, left_out = peers.arms_beside(case, drawn, judge)
@@ -201,8 +201,9 @@ KEYS = {
 
 
 @pytest.fixture
-def bench_of_dequant():
-    made = Bench(lib=scattermoe_lora, device=CPU, clock=HostClock(), effort=FAST, peers=())
+def bench_of_dequant(device):
+    clock = clock_of(device)
+    made = Bench(lib=scattermoe_lora, device=device, clock=clock, effort=FAST, peers=())
     return made.ready(["float32"])
 
 

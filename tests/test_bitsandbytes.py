@@ -74,9 +74,7 @@ def saved(tmp_path):
 @pytest.mark.correctness
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved, monkeypatch):
-    # One expert at a time, where bitsandbytes packs them all at once.
-    monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", 1)
+def test_loading_packs_what_bitsandbytes_would_pack(family, nested, saved):
     dense, path = saved(family)
     config = packing.ExpertsQuantizationConfig(bnb_4bit_use_double_quant=nested)
     model = loaded(path, quantization_config=config)
@@ -167,18 +165,6 @@ def many_experts(**settings):
     return model, max(
         getattr(module, name).nbytes for module in hf_models.experts_of(model) for name in NAMES
     )
-
-
-@pytest.mark.correctness
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("shape", [(8, 16), (3, 10)], ids=["whole blocks", "shared blocks"])
-def test_the_report_decodes_what_the_kernel_decodes(shape, nested, device):
-    weight = torch.randn(5, *shape, generator=torch.Generator().manual_seed(6)).to(device)
-    packed, state = _four_bit.quantized(weight, quant_type="nf4", blocksize=32, nested=nested)
-    stored = _four_bit.four_bit(packed, state)
-    expected = stored.dense(dtype=torch.float32)
-    for expert in range(5):
-        assert torch.equal(_four_bit.decoded(stored, expert), expected[expert])
 
 
 @pytest.mark.correctness

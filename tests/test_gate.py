@@ -3,15 +3,18 @@
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from commands import on_the_cpu, refused_on_the_cpu
 from sample_records import head
 from virtual_device import Speeds, cases
 
 import scattermoe_lora
+from conftest import DEVICE
 from verify import peer_figures, revision
 from verify.bench_arms import Arm, arm_of
 from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase
@@ -23,11 +26,10 @@ from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing, more_
 from verify.gate_plant import Plant, busy_wait, slow_tree
 from verify.record_check import Sources, inspect
 from verify.statistics import AMBIGUOUS, IMPROVEMENT, REGRESSION, SAME, UNMEASURED, Rule
-from verify.timing import Effort, HostClock, VirtualClock
+from verify.timing import Effort, VirtualClock, clock_of
 
 pytestmark = pytest.mark.correctness
 
-CPU = torch.device("cpu")
 PACKAGE = Path(scattermoe_lora.__path__[0])
 SIX = cases(6)
 NAME = SIX[2].name
@@ -237,10 +239,11 @@ def test_two_copies_that_differ_are_reported():
 
 
 def pairs_of(arms, **facts):
-    libs = dict.fromkeys(ARMS, scattermoe_lora)
+    facts = {"libs": dict.fromkeys(ARMS, scattermoe_lora), **facts}
     effort = Effort(budget_ms=1.0, least=2, most=2)
-    facts = {"clock": HostClock(), "effort": effort, "exact": True, **facts}
-    return Pairs(libs=libs, device=CPU, arms=arms, **facts)
+    device = torch.device(DEVICE)
+    facts = {"clock": clock_of(device), "effort": effort, "exact": True, **facts}
+    return Pairs(device=device, arms=arms, **facts)
 
 
 @pytest.mark.parametrize(("error", "measured"), [(0.0, True), (1e-9, True), (1e-3, False)])
@@ -382,12 +385,7 @@ def test_a_slow_tree_is_the_package_with_another_launcher(tmp_path):
     assert changed == ["_launch.py"]
     try:
         slow = revision.load(tree, "planted_slow")
-        pairs = Pairs(
-            libs={BASE: scattermoe_lora, HEAD: slow, "twin": slow},
-            device=CPU,
-            clock=HostClock(),
-            effort=Effort(budget_ms=1.0, least=2, most=2),
-        )
+        pairs = pairs_of(arm_of, libs={BASE: scattermoe_lora, HEAD: slow, "twin": slow})
         (visit,) = pairs.visits([DEQUANT], 0)
         assert visit.facts["bits"] == {BASE: [], "twin": []}
     finally:
@@ -404,7 +402,7 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
     words = ["gate", "--device", "cpu", "--against", str(PACKAGE), "--names", DEQUANT.name]
     words += ["--processes", "1", "--json", str(path)]
     # One process of a shared CPU decides nothing, or by chance something.
-    assert main(words) in (0, 1, 2)
+    assert on_the_cpu(words) in (0, 1, 2)
     record = json.loads(path.read_text())
     assert record.keys() >= {"environment", "fingerprint", "summary", "benchmarks", "visits"}
     (entry,) = record["benchmarks"]
@@ -413,15 +411,15 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
     assert set(visit["samples"]) == set(ARMS)
     assert record["summary"]["complete"]
     assert record["base"] == record["head"]
-    main([*words, "--resume", str(path)])
+    on_the_cpu([*words, "--resume", str(path)])
     assert json.loads(path.read_text())["visits"] == record["visits"]
     path.write_text(json.dumps(record | {"base": "other", "visits": "not read"}))
-    assert main([*words, "--resume", str(path), "--minutes", "0"]) == 2
+    assert on_the_cpu([*words, "--resume", str(path), "--minutes", "0"]) == 2
     assert json.loads(path.read_text())["visits"] == []
     path.write_text(json.dumps(record))
     for option, value in (("--seed", "7"), ("--plant", "9")):
-        with pytest.raises(SystemExit, match=f"^--resume: .* made with {option[2:]} 0.*is {value}"):
-            main([*words, "--resume", str(path), option, value])
+        refused = refused_on_the_cpu([*words, "--resume", str(path), option, value])
+        assert re.match(f"--resume: .* made with {option[2:]} 0.*is {value}", refused)
     assert json.loads(path.read_text()) == record
 
 
@@ -440,8 +438,7 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
 )
 def test_options_that_make_no_sense_are_refused(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message):
-        main(["gate", "--device", "cpu", *words])
+    assert message in refused_on_the_cpu(["gate", "--device", "cpu", *words])
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,10 @@ def test_by_default_the_first_step_is_traced_without_a_suffix(tmp_path):
     callback = ProfilerCallback(tmp_path / "made" / "here")
     callback.on_train_begin(SimpleNamespace(world_size=1, process_index=0), None, None)
     steps(callback, 3)
-    assert [file.name for file in (tmp_path / "made" / "here").iterdir()] == ["trace.json"]
+    assert callback.recording.memory == torch.cuda.is_available()
+    written = ["snapshot.pickle"] * callback.recording.memory + ["trace.json"]
+    assert sorted(file.name for file in (tmp_path / "made" / "here").iterdir()) == written
     assert traced(tmp_path / "made" / "here" / "trace.json") == {"step 0"}
-    assert not callback.recording.memory or torch.cuda.is_available()
 
 
 def test_a_recording_tells_shapes_memory_and_stacks(tmp_path):

@@ -139,7 +139,8 @@ def test_constants_out_of_order_are_refused(gpu):
         launch((1, 1, 1), CUDA, (1, 2), 0)
 
 
-def test_the_interpreter_runs_the_kernel_each_time():
+def test_the_interpreter_runs_the_kernel_each_time(monkeypatch):
+    monkeypatch.setattr(_launch, "INTERPRETED", True)
     kernel = Kernel()
     launch = made(kernel)
     for count in (1, 2):

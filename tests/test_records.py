@@ -6,10 +6,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
+from commands import on_the_cpu
 from sample_records import MACHINE, head, outcome
 
 import scattermoe_lora
-from verify import cli, records
+from verify import records
 from verify.record_check import Sources, inspect
 from verify.records import selection_of, summary_of
 from verify.run import Outcome, Selection, dtype_name
@@ -273,14 +274,14 @@ def test_other_records_are_well_formed(judged, whole):
 
 def test_the_command(tmp_path, judged, whole, capsys):
     record, words = tmp_path / "out.json", ["records", "--directory", str(tmp_path)]
-    assert cli.main(words) == 1
+    assert on_the_cpu(words) == 1
     assert "no GPU has records" in capsys.readouterr().out
     judged({"check.json": whole, "bench.json": head("bench", summary={})})
-    assert cli.main([*words, "--json", str(record)]) == 0
+    assert on_the_cpu([*words, "--json", str(record)]) == 0
     assert "stale" in capsys.readouterr().out
     listed = json.loads(record.read_text())["records"]
     assert [item["state"] for item in listed] == ["stale", "good"]
-    assert cli.main([*words, "--release"]) == 1
+    assert on_the_cpu([*words, "--release"]) == 1
 
 
 def outcome_of(case: str, status: str) -> dict:

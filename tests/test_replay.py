@@ -17,7 +17,6 @@ from verify.run import Problem
 from verify.specs.glu import GLU_FORWARD
 
 ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
 
 
 def wrong_run(lib, inputs, plan):
@@ -26,14 +25,14 @@ def wrong_run(lib, inputs, plan):
 
 
 @pytest.fixture
-def failure(tmp_path) -> Path:
+def failure(tmp_path, device) -> Path:
     """The file of a check that fails with a kernel that is wrong here, and is right when it is
     rerun.
     """
     spec = replace(GLU_FORWARD, run=wrong_run)
     problem = Problem(
         lib=scattermoe_lora, spec=spec, case=SMOKE[1], dtype=torch.float32, mode="balanced",
-        device=CPU, seed=4,
+        device=device, seed=4,
     )  # fmt: skip
     (outcome,) = problem.check()
     assert outcome.status == "failed"
@@ -41,23 +40,23 @@ def failure(tmp_path) -> Path:
 
 
 @pytest.mark.correctness
-def test_a_failure_file_holds_the_launch(failure):
+def test_a_failure_file_holds_the_launch(failure, device):
     finding = read(failure)
     assert (finding.kind, finding.draw.kernel, finding.draw.seed) == ("wrong", "glu_forward", 4)
     assert finding.draw.case == SMOKE[1]
     launches = []
     spec = replace(GLU_FORWARD, run=wrong_run)
-    again = run_draw(scattermoe_lora, spec, finding.draw, CPU, announce=launches.append)
+    again = run_draw(scattermoe_lora, spec, finding.draw, device, announce=launches.append)
     assert again.reason == finding.outcome["reason"]
     assert len(launches) == 1
 
 
 @pytest.mark.correctness
-def test_two_failures_have_two_files(failure, tmp_path):
+def test_two_failures_have_two_files(failure, tmp_path, device):
     spec = replace(GLU_FORWARD, run=wrong_run)
     problem = Problem(
         lib=scattermoe_lora, spec=spec, case=SMOKE[1], dtype=torch.float16, mode="balanced",
-        device=CPU, seed=4,
+        device=device, seed=4,
     )  # fmt: skip
     (outcome,) = problem.check()
     other = write_failure(tmp_path / "failures", outcome, problem)

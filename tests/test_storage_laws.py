@@ -105,6 +105,16 @@ def test_the_error_of_packing_is_that_of_the_whole_stack():
     assert _four_bit.relative_error(packed.stored(), torch.zeros_like(dense)) == 0.0
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("shape", [(8, 16), (3, 10)], ids=["whole blocks", "shared blocks"])
+def test_the_report_decodes_as_the_reference_does(shape, nested):
+    settings = {"quant_type": "nf4", "blocksize": 32, "nested": nested}
+    stored = _four_bit.four_bit(*_four_bit.quantized(stack(5, *shape), **settings))
+    expected = stored.dense(dtype=torch.float32)
+    for expert in range(5):
+        assert torch.equal(_four_bit.decoded(stored, expert), expected[expert])
+
+
 def test_states_are_moved_only_where_they_have_to_be():
     packed = packed_stack(2, 16, 16, nested=True)
     assert packed.on(CPU) is packed
