@@ -144,8 +144,10 @@ def launch_gram(
     for p, p_order, q, q_order, out in products:
         pointers |= p.data_ptr() | q.data_ptr()
         operands = (p.dtype, p.stride(), q.stride(), out.dtype, out.stride(), out.shape)
-        forms.append((p_order is RowOrder.EXPERT, q_order is RowOrder.EXPERT, operands))
-    _launch(tile, plan.precision, routing.top_k, scale_form, *forms)(
+        fan_outs = (routing.fan_out(p_order), routing.fan_out(q_order))
+        by_expert = (p_order is RowOrder.EXPERT, q_order is RowOrder.EXPERT)
+        forms.append((*by_expert, fan_outs, operands))
+    _launch(tile, plan.precision, scale_form, *forms)(
         (total, 1, 1),
         routing.device,
         (
@@ -164,13 +166,12 @@ def launch_gram(
 def _launch(
     tile: Tile,
     precision: Precision,
-    top_k: int,
     scale: torch.dtype | None,
     first: tuple[Any, ...],
     second: tuple[Any, ...] | None = None,
 ) -> Launch:
     """The launch for a form: of each product whether p and q are in expert order, and the rest."""
-    del top_k, scale
+    del scale
     second = second or first
     return Launch(
         gram_kernel,

@@ -112,7 +112,7 @@ def launch_recompute(
     _launch(
         tile, plan.precision, p_order is RowOrder.EXPERT, z_order is RowOrder.EXPERT, rank,
         p.dtype, p.stride(), z.stride(), factor.stride(), out.dtype, out.stride(),
-        out.shape[1], z.shape[1], routing.top_k, scale_form,
+        out.shape[1], z.shape[1], routing.fan_out(p_order), routing.fan_out(z_order), scale_form,
     )(
         (routing.experts * ceil_div(out.shape[1], tile.block_k), 1, 1),
         routing.device,

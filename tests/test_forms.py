@@ -1,0 +1,106 @@
+"""A launch that is remembered for a form fits every call of that form.
+
+Triton compiles another variant where an integer is 1 or a multiple of 16, where an operand is
+absent, or of another type. The package keeps one variant for each of its forms, so all calls of a
+form must be equal in what Triton looks at. The interpreter has no variants, hence another process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.correctness, pytest.mark.compile]
+
+CALLS = """
+import json, sys
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import scattermoe_lora as lib
+from verify.ahead import ARCHITECTURES, redirected
+from verify.footprint import stated
+from verify.run import Selection
+from verify.specs import KERNELS
+
+torch.set_num_threads(1)
+launch_type = sys.modules["scattermoe_lora._launch"].Launch
+
+
+def seen(value, free):
+    # What Triton looks at, by its documentation of specialisation.
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.data_ptr() % 16 == 0)
+    if isinstance(value, TensorDescriptor):
+        return (str(value.base.dtype), tuple(value.block_shape))
+    if isinstance(value, tuple):
+        return tuple(seen(item, free) for item in value)
+    if isinstance(value, int) and not free:
+        return "one" if value == 1 else "sixteens" if value % 16 == 0 else "integer"
+    return type(value).__name__
+
+
+forms, calls, names = defaultdict(set), 0, {}
+
+
+def call(self, grid, device, args, pointers):
+    global calls
+    if pointers % 16:
+        return
+    calls += 1
+    free = [parameter.do_not_specialize for parameter in self.kernel.params]
+    names[id(self)] = self
+    forms[id(self)].add(tuple(seen(value, mark) for value, mark in zip(args, free)))
+
+
+def routed(inputs):
+    # Kernels run nothing here, and some operations of torch read the routing.
+    index, experts = inputs["top_k_index"], inputs.case.experts
+    made = lib.Routing.from_top_k(index, experts, sentinels=True)
+    ids = index.reshape(-1)
+    order, made_slots = ids.where((ids >= 0) & (ids < experts), experts).sort(stable=True)
+    made.slots.copy_(made_slots)
+    made.expert_of_row.copy_(order)
+    return made
+
+
+selection = Selection(cases=("smoke", "edge"))
+cpu = torch.device("cpu")
+drawn = {}
+with redirected(lib, lambda *facts: None), stated(lib, ARCHITECTURES[90]):
+    launch_type.__call__ = call
+    for problem in selection.problems(lib, KERNELS, cpu):
+        if problem.mode != problem.spec.modes[-1]:
+            continue
+        case, spec = problem.case, problem.spec
+        if case.extreme or spec.name.startswith("dequantize"):
+            continue
+        for top_k in {case.top_k, 1}:
+            varied = replace(case, top_k=top_k)
+            inputs = spec.inputs(varied, problem.dtype, problem.mode, cpu, seed=0)
+            inputs = replace(inputs, prepared=routed(inputs) if spec.prepare else None)
+            for plan in spec.plans(lib, inputs):
+                if plan.quick and not plan.unavailable:
+                    spec.run(lib, inputs, plan.plan)
+wrong = {
+    names[key].kernel.__name__: [repr(item) for item in sorted(found, key=repr)]
+    for key, found in forms.items()
+    if len(found) > 1
+}
+kernels = sorted({launch.kernel.__name__ for launch in names.values()})
+json.dump({"calls": calls, "forms": len(forms), "kernels": kernels, "wrong": wrong}, sys.stdout)
+"""
+
+
+def test_calls_of_one_form_are_one_variant():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", CALLS]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout)
+    assert found["wrong"] == {}
