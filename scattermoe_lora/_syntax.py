@@ -9,13 +9,26 @@ def syntax(source: str) -> str:
     The same for every version of Python: `ast.dump` writes empty fields, of which versions have
     different ones.
     """
-    tree = ast.parse(source)
+    return _words(_bare(ast.parse(source)))
+
+
+def device_code(source: str) -> str:
+    """`syntax` of the functions of a module that Triton compiles."""
+    return "".join(
+        _words(_bare(node))
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    )
+
+
+def _bare(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             kept = [item for item in body if not _is_docstring(item)]
             node.body = kept  # type: ignore[attr-defined]
-    return _words(tree)
+    return tree
 
 
 def _words(node: object) -> str:

@@ -21,7 +21,7 @@ import torch
 import triton
 
 from ._sizes import next_power_of_two
-from ._syntax import syntax
+from ._syntax import device_code
 from .plan import Device, Operation, Path, Plan, Precision, Problem, Tile, choose
 
 SCHEMA = 1
@@ -137,11 +137,11 @@ def stamp_of(device: Device) -> dict[str, Any]:
 
 @cache
 def kernel_fingerprint() -> str:
-    """A hash of the syntax trees of the kernels that plans steer, without docstrings."""
+    """A hash of the device code that plans steer."""
     folder = FilePath(__file__).parent
     digest = hashlib.sha256()
     for name in ("scatter2scatter", "fused", "gram", "recompute", "_tile"):
-        digest.update(syntax((folder / "ops" / f"{name}.py").read_text()).encode())
+        digest.update(device_code((folder / "ops" / f"{name}.py").read_text()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ import torch
 
 import scattermoe_lora as sm
 from scattermoe_lora import plan_table
+from scattermoe_lora._syntax import device_code
 from scattermoe_lora.plan import INTERPRETER, PATHS, fit, stage_bytes, variations, with_path
 
 pytestmark = pytest.mark.correctness
@@ -109,6 +110,34 @@ def test_shipped_tables_are_fresh():
         )
         assert content["plans"]
         assert path.stem == plan_table.gpu_name(replace(HOPPER, name=content["gpu"]))
+
+
+KERNEL = """
+@triton.jit(do_not_specialize=["n"])
+def kernel(x, n):
+    "Doubles."
+    tl.store(x, tl.load(x) * 2)  # twice
+
+
+def launch(x):
+    kernel[(1,)](x, 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("kernel[(1,)](x, 1)", "kernel[(2,)](x, 1)", True),
+        ("Doubles.", "Times two.", True),
+        ("  # twice", "", True),
+        ("* 2", "* 3", False),
+        ('["n"]', "[]", False),
+        ("def kernel", "def other", False),
+    ],
+)
+def test_a_table_is_of_device_code_alone(old, new, same):
+    assert old in KERNEL
+    assert (device_code(KERNEL) == device_code(KERNEL.replace(old, new))) is same
 
 
 SCATTER, SHRINK, FORWARD, INPUT_GRAD, WEIGHT_GRAD, FULL_GRAD = sm.Operation
