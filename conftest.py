@@ -1,5 +1,7 @@
 """Chooses GPU or interpreter before Triton is imported; profiles and markers of the test suite."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -8,9 +10,10 @@ from verify import benchmark_device, benchmark_plugin
 from verify.environment import prepare_interpreter
 
 DEVICE = prepare_interpreter()
-if DEVICE == "cpu":
-    # Tensors are small there: more threads only wait for each other.
-    torch.set_num_threads(1)
+# Tensors on the CPU are small: more threads only wait for each other, and for those of other test
+# processes. The variable is for the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 _EXCLUDED = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile(
