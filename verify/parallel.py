@@ -6,13 +6,13 @@ On a GPU only as many problems are under way as its memory has room for.
 
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
 
 from .cases import Case
+from .children import pool
 from .environment import prepare_interpreter
 from .run import Outcome, Problem, Selection
 
@@ -76,23 +76,18 @@ def checked(
     def size(batch: list[int]) -> int:
         return max(footprint(problems[index].case) for index in batch)
 
-    # Not forked: torch's threads and Triton's state do not survive that.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (str(device),))
     waiting = sorted(batches, key=size, reverse=True)
     running: dict[Future[list[list[Outcome]]], list[int]] = {}
-    try:
+    with pool(workers, _start, str(device)) as executor:
         while waiting or running:
             taken = sum(size(batch) for batch in running.values())
             for batch in admitted(waiting, taken, workers - len(running), room(device), size):
                 waiting.remove(batch)
-                running[pool.submit(_check, selection, str(device), batch)] = batch
+                running[executor.submit(_check, selection, str(device), batch)] = batch
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 for index, outcomes in zip(running.pop(future), future.result(), strict=True):
                     yield problems[index], outcomes
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start(device: str) -> None:
