@@ -14,6 +14,8 @@ DEVICE = prepare_interpreter()
 # processes. The variable is for the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_PROCESSES = 8
+"""Each needs a gigabyte of memory, and on a GPU a context."""
 _EXCLUDED = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile(
@@ -32,6 +34,29 @@ def pytest_addoption(parser) -> None:
     benchmark_plugin.add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """The whole suite takes several processes, unless told how many (`-n`); benchmarks take one."""
+    options = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    alone = hasattr(config, "workerinput") or options.usepdb or options.collectonly
+    if (
+        whole
+        and not alone
+        and config.pluginmanager.hasplugin("xdist")
+        and options.numprocesses is None
+        and not _benchmarks(config)
+    ):
+        options.numprocesses = min(os.cpu_count() or 1, _PROCESSES)
+
+
+def _benchmarks(config) -> bool:
+    """Whether benchmarks were asked for."""
+    return "bench" in config.option.markexpr or any(
+        str(argument).startswith("--benchmark") for argument in config.invocation_params.args
+    )
+
+
 def pytest_configure(config) -> None:
     hypothesis.settings.load_profile(config.getoption("--profile"))
     if config.pluginmanager.hasplugin("benchmark"):
@@ -48,15 +73,12 @@ def device() -> torch.device:
 def pytest_collection_modifyitems(config, items) -> None:
     """Deselects what this machine cannot run, and benchmarks that nobody asked for."""
     devices = torch.cuda.device_count() if DEVICE == "cuda" else 0
-    benchmarks = "bench" in config.option.markexpr or any(
-        str(argument).startswith("--benchmark") for argument in config.invocation_params.args
-    )
     reasons = {}
     if devices < 1:
         reasons["gpu"] = "no CUDA device is in use"
     if devices < 2:
         reasons["multi_gpu"] = f"it takes 2 CUDA devices and {devices} is in use"
-    if not benchmarks:
+    if not _benchmarks(config):
         reasons["bench"] = "no --benchmark option or -m bench was given"
     kept, excluded = [], {marker: [] for marker in reasons}
     for item in items:

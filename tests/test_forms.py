@@ -68,10 +68,16 @@ def routed(inputs):
     return made
 
 
+def padded(value):
+    # The same values, each row of which is followed by 8 others.
+    wider = value.new_zeros((*value.shape[:-1], value.shape[-1] + 8))
+    wider[..., : value.shape[-1]] = value
+    return wider[..., : value.shape[-1]]
+
+
 VARIED = (
-    {}, {"top_k": 1}, {"n_out": 70}, {"k_in": 70}, {"rank": 17}, {"x_layout": "strided"},
-    {"weight_layout": "strided"}, {"weight_layout": "transposed"}, {"lora_dtype": "float32"},
-    {"bias": True}, {"gated": True, "target": "SLOT"},
+    {}, {"top_k": 1}, {"n_out": 72}, {"k_in": 88}, {"rank": 17}, {"weight_layout": "transposed"},
+    {"lora_dtype": "float32"}, {"bias": True}, {"gated": True, "target": "SLOT"},
     {"gated": True, "target": "SLOT", "gradient": "TOKEN"}, {"source": "SLOT"},
 )
 cpu = torch.device("cpu")
@@ -87,11 +93,14 @@ with redirected(lib, lambda *facts: None), stated(lib, ARCHITECTURES[90]):
         bases = [case for case in spec.cases if case.name in ("plain", "scattered")]
         for case, dtype in itertools.product(bases, spec.dtypes):
             case = replace(case, **changes)
-            inputs = spec.inputs(case, dtype, spec.modes[-1], cpu, seed=0)
-            inputs = replace(inputs, prepared=routed(inputs) if spec.prepare else None)
-            for plan in spec.plans(lib, inputs):
-                if plan.quick and not plan.unavailable:
-                    spec.run(lib, inputs, plan.plan)
+            drawn = spec.inputs(case, dtype, spec.modes[-1], cpu, seed=0)
+            drawn = replace(drawn, prepared=routed(drawn) if spec.prepare else None)
+            wide = [name for name, value in drawn.tensors.items() if value.ndim > 1]
+            for name in (None, *wide):
+                inputs = drawn if name is None else drawn.having(**{name: padded(drawn[name])})
+                for plan in spec.plans(lib, inputs):
+                    if plan.quick and not plan.unavailable:
+                        spec.run(lib, inputs, plan.plan)
 wrong = {
     names[key].kernel.__name__: [repr(item) for item in sorted(found, key=repr)]
     for key, found in forms.items()
