@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _PROCESSES = 8
 """Each needs a gigabyte of memory, and on a GPU a context."""
 _EXCLUDED = pytest.StashKey[list[str]]()
+_ELSEWHERE = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile(
     "gate", derandomize=True, deadline=None, max_examples=25, database=None
@@ -95,3 +96,20 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 def pytest_report_collectionfinish(config) -> list[str]:
     return config.stash.get(_EXCLUDED, [])
+
+
+def pytest_sessionfinish(session) -> None:
+    """What a process of pytest-xdist leaves out is told by the one that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["excluded"] = session.config.stash.get(_EXCLUDED, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    del error
+    node.config.stash[_ELSEWHERE] = getattr(node, "workeroutput", {}).get("excluded", [])
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    for text in config.stash.get(_ELSEWHERE, []):
+        terminalreporter.write_line(text)

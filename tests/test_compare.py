@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import scattermoe_lora as lib
+from conftest import DEVICE
 from verify.cases import Case
 from verify.compare import compare
 from verify.inputs import DTYPES, Inputs, make_inputs
@@ -267,7 +268,7 @@ def test_a_scale_two_percent_off_in_one_path_is_refused(spec, name, factors):
     """One factor of an adapter 2% larger is a wrong scale of its path, to every output behind."""
     case = next(case for case in spec.cases if case.name == name)
     dtype = torch.bfloat16
-    right = spec.inputs(case, dtype, "balanced", CPU)
+    right = spec.inputs(case, dtype, "balanced", torch.device(DEVICE))
     assert max(judged(spec, right, right).values()) <= 1
     for factor in factors:
         wrong = right.having(**{factor: (right[factor].float() * 1.02).to(dtype)})
@@ -288,7 +289,7 @@ def test_one_lost_row_is_refused_in_every_output(spec, name, factors):
     case = replace(next(case for case in spec.cases if case.name == name), gated=True)
     if spec is EXPERT_LINEAR:
         case = replace(case, target="SLOT", gradient="TOKEN")
-    right = spec.inputs(case, torch.bfloat16, "balanced", CPU)
+    right = spec.inputs(case, torch.bfloat16, "balanced", torch.device(DEVICE))
     gates = right["gates"].clone()
     gates[7, 1] = 0
     ratios = judged(spec, right, right.having(gates=gates))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,10 +105,14 @@ def test_what_a_machine_cannot_run_is_deselected_with_a_count(tmp_path):
             check=True,
         ).stdout
 
-    plain = outcome()
-    assert "2 gpu tests deselected: no CUDA device is in use" in plain
-    assert "1 multi_gpu tests deselected" in plain
-    assert "1 bench tests deselected" in plain
-    assert "1 passed, 4 deselected" in plain
-    assert "2 passed, 3 deselected" in outcome("--benchmark-disable")
-    assert "1 passed, 4 deselected" in outcome("-m", "bench")
+    whole, one = outcome(), outcome("tests/test_marks.py")
+    for text in (whole, one):
+        assert "2 gpu tests deselected: no CUDA device is in use" in text
+        assert "1 multi_gpu tests deselected" in text
+        assert "1 bench tests deselected" in text
+    assert "1 passed, 4 deselected" in one
+    benchmarks = (outcome("--benchmark-disable"), outcome("-m", "bench"))
+    assert "2 passed, 3 deselected" in benchmarks[0]
+    assert "1 passed, 4 deselected" in benchmarks[1]
+    found = [re.search(r"\d+ workers? \[", text) is not None for text in (whole, one, *benchmarks)]
+    assert found == [True, False, False, False]
