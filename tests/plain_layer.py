@@ -116,7 +116,11 @@ def references(monkeypatch):
 
 
 @pytest.fixture(params=[pytest.param("references", marks=pytest.mark.correctness), "kernels"])
-def products(request, monkeypatch):
-    """Either; the merge gate takes the references."""
-    if request.param == "references":
-        install(monkeypatch)
+def where(request, monkeypatch, device):
+    """The device of a test: that of the kernels, or the CPU for the references in their place,
+    which the merge gate takes.
+    """
+    if request.param == "kernels":
+        return device
+    install(monkeypatch)
+    return torch.device("cpu")

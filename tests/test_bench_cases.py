@@ -18,6 +18,7 @@ from verify.bench_cases import (
     SHAPES,
     BenchCase,
     Grid,
+    Shape,
     choices,
     shape_of,
     targets,
@@ -28,6 +29,8 @@ from verify.bench_inputs import draw
 from verify.bench_records import BenchRecord
 from verify.cli import main
 from verify.floors import Ceilings, floor_ms
+from verify.numerics import truncated_to_tf32
+from verify.references import Groups
 from verify.timing import Effort, clock_of
 
 pytestmark = pytest.mark.correctness
@@ -141,6 +144,26 @@ def test_the_composition_is_right_and_its_errors_are_seen(case):
         assert judge.problem_of(wrong, slack=1.0).startswith(name)
         missing = {**results, name: value[:-1]}
         assert "errs by inf" in judge.problem_of(missing)
+
+
+def test_fp32_may_be_summed_in_any_order_but_not_in_tf32():
+    shape = Shape(name="deep", experts=2, hidden=4096, intermediate=8, top_k=1)
+    case = BenchCase(
+        kind="kernel", what="base", shape=shape, projection="gate_up", tokens=16, rank=0,
+        dtype="float32",
+    )  # fmt: skip
+    drawn = draw(case, CPU)
+    judge = Judge.of(case, drawn)
+    groups = Groups.of(drawn["top_k_index"], shape.experts)
+    x = drawn["x"][groups.places("TOKEN")]
+    weight = drawn["weight"][groups.labels("EXPERT")]
+    one_by_one = torch.zeros(x.shape[0], weight.shape[2])
+    for k in range(shape.hidden):
+        one_by_one += x[:, k, None] * weight[:, k]
+    assert judge.problem_of({"base": one_by_one}) == ""
+    cut = [truncated_to_tf32(value.double()) for value in (x, weight)]
+    in_tf32 = torch.einsum("rk,rkn->rn", *cut).float()
+    assert judge.problem_of({"base": in_tf32}).startswith("base errs")
 
 
 @pytest.mark.hf

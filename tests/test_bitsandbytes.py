@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import bitsandbytes
 import plain_layer
 import transformers
-from plain_layer import decoding_on_the_cpu, products, references  # noqa: F401
+from plain_layer import decoding_on_the_cpu, references, where  # noqa: F401
 from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -453,7 +453,7 @@ class Carrier:
         return torch.empty(self.values.shape, dtype=self.dtype)
 
 
-@pytest.mark.usefixtures("products")
+@pytest.mark.usefixtures("where")
 def test_the_fine_tuners_example(saved, tmp_path):
     from peft import LoraConfig
 

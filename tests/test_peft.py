@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from plain_layer import products  # noqa: F401
+from plain_layer import where  # noqa: F401
 
 import scattermoe_lora.integrations.transformers as layer
 from scattermoe_lora.integrations import peft as adapters
@@ -60,11 +60,10 @@ def test_factored_adapters_equal_pefts_sum(family, device):
     hf_models.assert_as_good(hf_models.step(ours(model), ids), plain, truth)
 
 
-@pytest.mark.usefixtures("products")
-def test_layouts_are_told_apart_on_a_square_projection():
+def test_layouts_are_told_apart_on_a_square_projection(where):
     # Read the other way round, olmoe's square gate_up gives no error, only other numbers.
-    model = adapted(hf_models.tiny_model("olmoe"))
-    ids = hf_models.tokens()
+    model = adapted(hf_models.tiny_model("olmoe").to(where))
+    ids = hf_models.tokens().to(where)
     right = ours(model)
     wrong = copy.deepcopy(right)
     for wrapper in wrappers(wrong, "gate_up_proj"):
@@ -86,19 +85,17 @@ def wrappers(model, parameter=None):
     ]
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
-def test_either_projection_alone(parameter):
-    model = hf_models.tiny_model("qwen3_moe")
+def test_either_projection_alone(parameter, where):
+    model = hf_models.tiny_model("qwen3_moe").to(where)
     model = adapted(model, targets=adapters.expert_parameters(model, [parameter]))
-    ids = hf_models.tokens()
+    ids = hf_models.tokens().to(where)
     truth = hf_models.step(hf_models.eager(model, dtype=torch.float64), ids)
     plain = hf_models.step(hf_models.eager(model), ids)
     assert any("lora_A" in name for name in truth)
     hf_models.assert_as_good(hf_models.step(ours(model), ids), plain, truth)
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,9 +104,9 @@ def test_either_projection_alone(parameter):
     ],
     ids=["patterns", "rslora"],
 )
-def test_ranks_and_scalings_are_pefts(settings):
-    model = adapted(hf_models.tiny_model("qwen3_moe"), **settings)
-    ids = hf_models.tokens()
+def test_ranks_and_scalings_are_pefts(settings, where):
+    model = adapted(hf_models.tiny_model("qwen3_moe").to(where), **settings)
+    ids = hf_models.tokens().to(where)
     truth = hf_models.step(hf_models.eager(model, dtype=torch.float64), ids)
     plain = hf_models.step(hf_models.eager(model), ids)
     attached = ours(model)
@@ -148,14 +145,13 @@ def dense_delta(wrapper, name, *, dtype=torch.float64):
     return scaling * torch.einsum(f"ore,eri->{'eoi' if swapped else 'eio'}", b, a)
 
 
-@pytest.mark.usefixtures("products")
-def test_the_active_adapters_are_summed():
+def test_the_active_adapters_are_summed(where):
     # PEFT's own sum of two adapters differs between versions, so it is written out here.
-    model = two_adapters(ours(adapted(hf_models.tiny_model("qwen3_moe"))))
-    ids = hf_models.tokens()
+    model = two_adapters(ours(adapted(hf_models.tiny_model("qwen3_moe").to(where))))
+    ids = hf_models.tokens().to(where)
     adapters.attach(model)
     got = model(input_ids=ids).logits.detach()
-    by_hand = hf_models.tiny_model("qwen3_moe")
+    by_hand = hf_models.tiny_model("qwen3_moe").to(where)
     with torch.no_grad():
         for wrapper in wrappers(model):
             parameter = getattr(hf_models.experts_of(by_hand)[0], wrapper.parameter_name)
@@ -168,12 +164,11 @@ def test_the_active_adapters_are_summed():
         assert set(wrapper.lora_A) == {"default", "second"}
 
 
-@pytest.mark.usefixtures("products")
-def test_a_disabled_adapter_is_no_adapter():
-    base = hf_models.tiny_model("qwen3_moe")
+def test_a_disabled_adapter_is_no_adapter(where):
+    base = hf_models.tiny_model("qwen3_moe").to(where)
     model = ours(adapted(copy.deepcopy(base)))
     base.set_experts_implementation(layer.KEY)
-    ids = hf_models.tokens()
+    ids = hf_models.tokens().to(where)
     expected = base(input_ids=ids).logits
     assert not torch.equal(model(input_ids=ids).logits, expected)
     with model.disable_adapter():
@@ -232,10 +227,9 @@ def test_a_second_merge_starts_from_the_base():
         assert torch.equal(one, other)
 
 
-@pytest.mark.usefixtures("products")
-def test_unloading_leaves_merged_experts_without_wrappers():
-    model = ours(adapted(hf_models.tiny_model("qwen3_moe")))
-    ids = hf_models.tokens()
+def test_unloading_leaves_merged_experts_without_wrappers(where):
+    model = ours(adapted(hf_models.tiny_model("qwen3_moe").to(where)))
+    ids = hf_models.tokens().to(where)
     expected = copy.deepcopy(model)
     expected.merge_adapter()
     plain = model.merge_and_unload()
@@ -243,11 +237,10 @@ def test_unloading_leaves_merged_experts_without_wrappers():
     assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant):
-    model = ours(adapted(hf_models.tiny_model("qwen3_moe"))).train()
-    ids = hf_models.tokens()
+def test_gradient_checkpointing_changes_nothing(reentrant, where):
+    model = ours(adapted(hf_models.tiny_model("qwen3_moe").to(where))).train()
+    ids = hf_models.tokens().to(where)
     expected = hf_models.step(model, ids)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -311,28 +304,26 @@ def test_detaching_gives_everything_back():
     assert list(attached.state_dict()) == before
 
 
-@pytest.mark.usefixtures("products")
-def test_checkpoints_are_pefts(tmp_path):
+def test_checkpoints_are_pefts(tmp_path, where):
     from peft import PeftModel
 
-    model = ours(adapted(hf_models.tiny_model("gpt_oss")))
-    ids = hf_models.tokens()
+    model = ours(adapted(hf_models.tiny_model("gpt_oss").to(where)))
+    ids = hf_models.tokens().to(where)
     model.save_pretrained(tmp_path)
-    read = PeftModel.from_pretrained(hf_models.tiny_model("gpt_oss"), tmp_path)
+    read = PeftModel.from_pretrained(hf_models.tiny_model("gpt_oss").to(where), tmp_path)
     assert torch.equal(ours(read)(input_ids=ids).logits, model(input_ids=ids).logits)
-    base = hf_models.tiny_model("gpt_oss")
+    base = hf_models.tiny_model("gpt_oss").to(where)
     base.set_experts_implementation(layer.KEY)
     loaded = adapters.load_adapter(base, tmp_path)
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
-def test_a_checkpoint_in_the_layout_of_another_version_loads(family, tmp_path):
+def test_a_checkpoint_in_the_layout_of_another_version_loads(family, tmp_path, where):
     from safetensors.torch import load_file, save_file
 
-    model = ours(adapted(hf_models.tiny_model(family)))
-    ids = hf_models.tokens()
+    model = ours(adapted(hf_models.tiny_model(family).to(where)))
+    ids = hf_models.tokens().to(where)
     model.save_pretrained(tmp_path)
     # Versions before and after 0.19.1 exchange the factors of both layouts.
     swapped = getattr(wrappers(model)[0], "_did_swap_in_out_features", False)
@@ -349,7 +340,7 @@ def test_a_checkpoint_in_the_layout_of_another_version_loads(family, tmp_path):
         written[name] = b3.permute(2, 1, 0).reshape(-1, b.shape[0]).contiguous()
         written[partner] = a3.permute(2, 1, 0).reshape(a.shape[1], -1).contiguous()
     save_file(written if not transposed else state, file)
-    base = hf_models.tiny_model(family)
+    base = hf_models.tiny_model(family).to(where)
     base.set_experts_implementation(layer.KEY)
     here = adapters.load_adapter(base, tmp_path, written_by=other)
     assert torch.equal(here(input_ids=ids).logits, model(input_ids=ids).logits)

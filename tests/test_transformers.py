@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from plain_layer import products  # noqa: F401
+from plain_layer import where  # noqa: F401
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -130,8 +130,7 @@ def test_every_layout_equals_eager(flags, device):
     judge(experts_module(**flags), *operands(), device=device)
 
 
-@pytest.mark.usefixtures("products")
-def test_an_activation_that_is_not_fused_runs_as_it_is():
+def test_an_activation_that_is_not_fused_runs_as_it_is(where):
     def mish(x):
         return nn.functional.mish(x)
 
@@ -140,10 +139,9 @@ def test_an_activation_that_is_not_fused_runs_as_it_is():
     judge(module, *operands())
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
-def test_every_family_equals_eager(family):
-    model, ids = hf_models.tiny_model(family), hf_models.tokens()
+def test_every_family_equals_eager(family, where):
+    model, ids = hf_models.tiny_model(family).to(where), hf_models.tokens().to(where)
     truth = hf_models.eager(model, dtype=torch.float64)(input_ids=ids).logits.detach()
     plain = hf_models.eager(model)(input_ids=ids).logits.detach()
     model.set_experts_implementation(layer.KEY)
@@ -156,17 +154,15 @@ def test_decode_sized_inputs(tokens, device):
     judge(experts_module(), *operands(tokens), device=device)
 
 
-@pytest.mark.usefixtures("products")
-def test_generating_gives_the_tokens_of_eager():
-    model, ids = hf_models.tiny_model("qwen3_moe"), hf_models.tokens(batch=1, length=3)
+def test_generating_gives_the_tokens_of_eager(where):
+    model, ids = hf_models.tiny_model("qwen3_moe").to(where), hf_models.tokens(batch=1, length=3).to(where)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     expected = hf_models.eager(model).generate(ids, **settings)
     model.set_experts_implementation(layer.KEY)
     assert torch.equal(model.generate(ids, **settings), expected)
 
 
-@pytest.mark.usefixtures("products")
-def test_weights_of_the_router_are_used_as_they_are():
+def test_weights_of_the_router_are_used_as_they_are(where):
     module, (x, index, weights) = experts_module(), operands()
     weights[0] = 0.0
     weights[1, 0] = 0.0
@@ -176,8 +172,7 @@ def test_weights_of_the_router_are_used_as_they_are():
     assert not got["x"][0].any()
 
 
-@pytest.mark.usefixtures("products")
-def test_weights_of_the_router_are_not_rounded_to_the_dtype_of_the_experts():
+def test_weights_of_the_router_are_not_rounded_to_the_dtype_of_the_experts(where):
     module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
     third = torch.full_like(weights, 1 / 3)
     fine = module(x.bfloat16(), index, third)
@@ -198,10 +193,9 @@ def test_sentinels_are_dropped(device):
     assert got["weights"][5, 0] == 0
 
 
-@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("outside", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_either_way(outside, inside):
+def test_autocast_either_way(outside, inside, where):
     module, (x, index, weights) = experts_module().to(inside), operands()
     x = x.to(outside).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -215,8 +209,7 @@ def test_autocast_either_way(outside, inside):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.usefixtures("products")
-def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts():
+def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts(where):
     module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
     out = module(x, index, weights)
     assert out.dtype == torch.float32

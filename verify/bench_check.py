@@ -1,8 +1,10 @@
 """Whether the results that are about to be timed are right.
 
 The truth is the reference in fp64; the yardstick is plain torch, expert by expert, in the dtype of
-the case. A result may err at most twice as much as plain torch, by norm; what only moves or
-decodes must be equal. A peer may err `PEER` times as much: peers round more often, W + BA for one.
+the case. A result may err at most twice as much as plain torch, by norm, besides what one fp32 sum
+over the longest dimension may: libraries sum in parts where K is long, kernels need not. What only
+moves or decodes must be equal. A peer may err `PEER` times as much: peers round more often, W + BA
+for one.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from . import references
 from .bench_arms import LAYER_LEAVES, Arm, leaf, orders
 from .bench_cases import BenchCase
 from .bench_inputs import SCALING, Drawn, decoded
+from .numerics import accumulation_epsilon
 from .references import GatedActivation, Groups
 
 OURS, PEER = 2.0, 6.0
@@ -25,10 +28,14 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """What the results of a case should be: the truth, and the error of plain torch, by name."""
+    """What the results of a case should be: the truth, and the error of plain torch, by name.
+
+    summing: relative error of an fp32 sum of as many products as the longest dimension has.
+    """
 
     truth: Mapping[str, Tensor]
     errors: Mapping[str, float]
+    summing: float = 0.0
 
     @classmethod
     def of(cls, case: BenchCase, drawn: Drawn) -> "Judge":
@@ -43,7 +50,9 @@ class Judge:
             return cls(truth=truth, errors={})
         plain = results(_plain)
         errors = {name: distance(plain[name], value) for name, value in truth.items()}
-        return cls(truth=truth, errors=errors)
+        shape = case.shape
+        longest = max(shape.hidden, 2 * shape.intermediate, *groups.counts.tolist())
+        return cls(truth=truth, errors=errors, summing=accumulation_epsilon(longest))
 
     def problem(self, arm: Arm, *, slack: float = OURS) -> str:
         """What is wrong with the results of an arm, or nothing. It is run once."""
@@ -57,7 +66,7 @@ class Judge:
         for name in judged:
             error = distance(results[name], self.truth[name])
             eps = torch.finfo(results[name].dtype).eps if self.errors else 0.0
-            limit = slack * self.errors.get(name, 0.0) + eps
+            limit = slack * self.errors.get(name, 0.0) + eps + self.summing
             if not error <= limit:
                 return f"{name} errs by {error:.3g} of its norm, {limit:.3g} is allowed"
         return ""
