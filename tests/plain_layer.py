@@ -115,8 +115,10 @@ def references(monkeypatch):
     install(monkeypatch)
 
 
-@pytest.fixture(params=[pytest.param("references", marks=pytest.mark.correctness), "kernels"])
-def where(request, monkeypatch, device):
+@pytest.fixture(
+    name="where", params=[pytest.param("references", marks=pytest.mark.correctness), "kernels"]
+)
+def where_products_run(request, monkeypatch, device):
     """The device of a test: that of the kernels, or the CPU for the references in their place,
     which the merge gate takes.
     """

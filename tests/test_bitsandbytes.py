@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import bitsandbytes
 import plain_layer
 import transformers
-from plain_layer import decoding_on_the_cpu, references, where  # noqa: F401
+from plain_layer import decoding_on_the_cpu, references, where_products_run  # noqa: F401
 from test_peft import adapted, merged_by_hand, ours, wrappers
 from torch.utils._python_dispatch import TorchDispatchMode
 

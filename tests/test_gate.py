@@ -412,6 +412,7 @@ def test_the_command_compares_writes_a_record_and_goes_on_with_it(tmp_path):
     assert set(visit["samples"]) == set(ARMS)
     assert record["summary"]["complete"]
     assert record["base"] == record["head"]
+    assert (record["command"], record["against"]) == ("gate", PACKAGE.name)
     on_the_cpu([*words, "--resume", str(path)])
     assert json.loads(path.read_text())["visits"] == record["visits"]
     path.write_text(json.dumps(record | {"base": "other", "visits": "not read"}))
@@ -475,7 +476,10 @@ def test_the_list_is_the_suite(capsys):
         ("gate", {"invalid": ["a peer took 2 ms"]}, "incomplete"),
         ("gate", {"benchmarks": 59}, "incomplete"),
         ("gate", {"complete": False}, "incomplete"),
-        ("gate", {"plant": 5.0}, "failed"),
+        ("gate-planted", {"regression": 60}, "good"),
+        ("gate-planted", {"regression": 59}, "failed"),
+        ("gate-planted", {"regression": 0, "benchmarks": 0}, "failed"),
+        ("gate-planted", {"regression": 5, "benchmarks": 5}, "good"),
         ("gate-samples", {}, "good"),
         ("gate-samples", {"rates": None}, "incomplete"),
         ("gate-samples", {"benchmarks": 59}, "incomplete"),
@@ -493,5 +497,9 @@ def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts
     sources = Sources(fingerprint={}, enumerate=lambda selection: frozenset())
     _, found = inspect(tmp_path, sources, release=True)
     assert (found.state, found.fault) == (state, state != "good")
-    option = {"gate": "--against main", "gate-samples": "--calibrate"}[command]
+    option = {
+        "gate": "--against main",
+        "gate-samples": "--calibrate",
+        "gate-planted": "--against . --plant 10",
+    }[command]
     assert f"gate {option} --device cuda" in found.refresh

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from plain_layer import where  # noqa: F401
+from plain_layer import where_products_run  # noqa: F401
 
 import scattermoe_lora.integrations.transformers as layer
 from scattermoe_lora.integrations import peft as adapters

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from plain_layer import where  # noqa: F401
+from plain_layer import where_products_run  # noqa: F401
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
@@ -80,7 +80,7 @@ def experts_module(act_fn=nn.functional.silu, *, implementation=layer.KEY, seed=
     return experts_class(act_fn, **flags)(config)
 
 
-def operands(tokens=9, top_k=2, experts=5, hidden=24, seed=1):
+def operands(tokens=9, top_k=2, experts=5, hidden=24, seed=1, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=generator)
     index = (
@@ -89,7 +89,7 @@ def operands(tokens=9, top_k=2, experts=5, hidden=24, seed=1):
         else torch.zeros(0, top_k, dtype=torch.int64)
     )
     weights = torch.rand(tokens, top_k, generator=generator) * 3
-    return x, index, weights
+    return x.to(device), index.to(device), weights.to(device)
 
 
 def run(module, x, index, weights, *, implementation, dtype=None):
@@ -136,7 +136,7 @@ def test_an_activation_that_is_not_fused_runs_as_it_is(where):
 
     module = experts_module(mish)
     assert _activation.fused_activation(module) is None
-    judge(module, *operands())
+    judge(module, *operands(), device=where)
 
 
 @pytest.mark.parametrize("family", hf_models.FAMILIES)
@@ -155,7 +155,8 @@ def test_decode_sized_inputs(tokens, device):
 
 
 def test_generating_gives_the_tokens_of_eager(where):
-    model, ids = hf_models.tiny_model("qwen3_moe").to(where), hf_models.tokens(batch=1, length=3).to(where)
+    model = hf_models.tiny_model("qwen3_moe").to(where)
+    ids = hf_models.tokens(batch=1, length=3).to(where)
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     expected = hf_models.eager(model).generate(ids, **settings)
     model.set_experts_implementation(layer.KEY)
@@ -167,13 +168,14 @@ def test_weights_of_the_router_are_used_as_they_are(where):
     weights[0] = 0.0
     weights[1, 0] = 0.0
     weights[2] *= 100
-    got = judge(module, x, index, weights)
+    got = judge(module, x, index, weights, device=where)
     assert not got["out"][0].any()
     assert not got["x"][0].any()
 
 
 def test_weights_of_the_router_are_not_rounded_to_the_dtype_of_the_experts(where):
-    module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
+    module = experts_module().to(where, torch.bfloat16)
+    x, index, weights = operands(device=where)
     third = torch.full_like(weights, 1 / 3)
     fine = module(x.bfloat16(), index, third)
     rounded = module(x.bfloat16(), index, third.bfloat16())
@@ -196,9 +198,9 @@ def test_sentinels_are_dropped(device):
 @pytest.mark.parametrize("outside", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_either_way(outside, inside, where):
-    module, (x, index, weights) = experts_module().to(inside), operands()
+    module, (x, index, weights) = experts_module().to(where, inside), operands(device=where)
     x = x.to(outside).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(where.type, dtype=torch.bfloat16):
         out = module(x, index, weights)
     assert out.dtype == outside
     out.sum().backward()
@@ -210,7 +212,8 @@ def test_autocast_either_way(outside, inside, where):
 
 
 def test_hidden_states_of_another_dtype_are_computed_in_that_of_the_experts(where):
-    module, (x, index, weights) = experts_module().to(torch.bfloat16), operands()
+    module = experts_module().to(where, torch.bfloat16)
+    x, index, weights = operands(device=where)
     out = module(x, index, weights)
     assert out.dtype == torch.float32
     assert torch.equal(out, module(x.bfloat16(), index, weights).float())

@@ -21,6 +21,8 @@ from .specs import KERNELS
 from .statistics import Rule
 
 SAMPLES = "gate-samples.json"
+PLANTED = "gate-planted"
+"""The command of a record in which the second revision was slowed on purpose."""
 """Raw samples of equal revisions on one GPU, beside its other records."""
 
 _ASKED = ("seed", "plant", "calibration")
@@ -51,12 +53,13 @@ class GateRecord:
         """A new record of a comparison of two trees; package: the sources that are judged."""
         head = {
             "schema": SCHEMA,
-            "command": "gate-samples" if calibration else "gate",
+            "command": "gate-samples" if calibration else PLANTED if trees.plant else "gate",
             "environment": environment(torch.device(trees.device)),
             "seed": trees.seed,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprints(package, KERNELS),
-            "against": against,
+            # Where a directory lies is of no use to whoever reads the record.
+            "against": Path(against).resolve().name if Path(against).is_dir() else against,
             "base": digest(trees.base),
             "head": digest(trees.head),
             "plant": trees.plant,

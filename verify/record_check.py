@@ -43,8 +43,9 @@ _OPTIONS = {
     "fuzz": ("--minutes", "20"),
     "gate": ("--against", "main"),
     "gate-samples": ("--calibrate",),
+    "gate-planted": ("--against", ".", "--plant", "10"),
 }
-_COMMANDS = {"gate-samples": "gate"}
+_COMMANDS = {"gate-samples": "gate", "gate-planted": "gate"}
 """Records that are not named after the command that makes them."""
 _WITHOUT_DEVICE = ("compile", "qualify")
 _SHOWN = 4
@@ -230,7 +231,7 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     """State and reason of a record of another command."""
     if record["summary"].get("complete") is False:
         return "incomplete", "the run was interrupted"
-    if record["command"] in ("gate", "gate-samples") and (found := _judge_gate(record)):
+    if record["command"] in ("gate", *_COMMANDS) and (found := _judge_gate(record)):
         return found
     stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
     return ("stale", stale) if stale else (GOOD, "")
@@ -239,8 +240,11 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
 def _judge_gate(record: dict[str, Any]) -> tuple[str, str] | None:
     """What is wrong with a record of the gate, or of its samples."""
     summary, whole = record["summary"], len(suite())
-    if record.get("plant"):
-        return "failed", f"a slowdown of {record['plant']:g}% was planted in it"
+    if record["command"] == "gate-planted":
+        found, planted = summary.get("regression", 0), summary.get("benchmarks", 0)
+        lost = planted - found
+        text = f"{lost} of {planted} planted slowdowns of {record['plant']:g}% were not found"
+        return ("failed", text) if lost or not planted else None
     if summary.get("benchmarks", whole) < whole:
         return "incomplete", f"{summary['benchmarks']} of {whole} benchmarks were selected"
     if record["command"] == "gate-samples":
