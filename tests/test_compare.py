@@ -21,6 +21,7 @@ from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.layer import EXPERTS_MLP
 from verify.specs.linear import LORA_FORWARD
 from verify.specs.projection import EXPERT_LINEAR
+from verify.specs.rows import COMBINE
 
 pytestmark = pytest.mark.correctness
 
@@ -294,3 +295,15 @@ def test_one_lost_row_is_refused_in_every_output(spec, name, factors):
     gates[7, 1] = 0
     ratios = judged(spec, right, right.having(gates=gates))
     assert {name for name, ratio in ratios.items() if ratio <= 1} <= {"dgates"}
+
+
+def test_rounding_alone_is_no_wrong_factor_however_wide_the_rows():
+    """Gates times few different numbers: their roundings repeat along a row, and do not cancel."""
+    case = Case(name="wide", tokens=32, experts=4, top_k=2, k_in=16, n_out=28672, target="SLOT")
+    for seed in range(6):
+        inputs = COMBINE.inputs(case, torch.bfloat16, "balanced", CPU, seed=seed)
+        expected = COMBINE.reference(inputs, Arithmetic())["out"]
+        rounded = expected.value.float().to(torch.bfloat16)
+        assert compare("out", rounded, expected).ratio <= 1
+        scaled = (expected.value * 1.0005).float().to(torch.bfloat16)
+        assert compare("out", scaled, expected).ratio > 1

@@ -9,7 +9,8 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
                          with few degrees of freedom may vary as much as a chi-square of as many
     element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
     slope                the factor fitted to each term is 1, and that of each likely fault 0,
-                         within 6 of its standard deviations
+                         within 6 of its standard deviations; of a row's roundings 1024 are
+                         independent
     exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0,
     exact mode
 """
@@ -31,6 +32,8 @@ _UNIFORM = 3.0  # largest square of a rounding error over its variance
 _LEAST_ELEMENTS = 32
 _ELEMENT = 16.0
 _SLOPE = 6.0
+_DIFFERENT = 1024
+"""So many roundings of a row are independent: products of 16-bit numbers with one gate repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +283,7 @@ class _Errors:
     def _slope_limit(self, influence: Tensor) -> float:
         size = influence.abs()
         alone = float((influence.square() * (self.independent - self.drift)).sum())
+        alone *= max(1.0, size.shape[1] / _DIFFERENT)
         pull = (size * self.shared.sqrt()).sum(1)
         if self.expected.coupled == "expert":
             groups = int(self.labels.max()) + 1
