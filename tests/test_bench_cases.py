@@ -31,7 +31,7 @@ from verify.cli import main
 from verify.floors import Ceilings, floor_ms
 from verify.numerics import truncated_to_tf32
 from verify.references import Groups
-from verify.timing import Effort, clock_of
+from verify.timing import Effort, Timing, clock_of
 
 pytestmark = pytest.mark.correctness
 
@@ -237,6 +237,22 @@ def test_an_entry_holds_what_records_promise(bench_of_dequant):
     assert entry.as_json()["copy_share"] == pytest.approx(entry.floor_ms / entry.ms, abs=1e-4)
     assert json.loads(json.dumps(entry.as_json())) == entry.as_json()
     assert entry.ms > 0
+
+
+def test_what_decoding_takes_stands_beside_what_it_may(bench_of_dequant, device, monkeypatch):
+    timing = Timing(samples=(1.0,), wall_ms=1.0, host_ms=1.0)
+    monkeypatch.setattr(bench, "measure", lambda clock, calls, effort: dict.fromkeys(calls, timing))
+    case = tiny("qlora-layer", "chunked", dtype="float32", tokens=1, rank=1)
+    (entry,) = bench_of_dequant.run([case])
+    assert isinstance(entry, Entry), entry
+    budgets, taken = (entry.detail[f"{name}_bytes"] for name in ("budget", "transient"))
+    assert set(budgets) == set(taken) == set(PROJECTIONS)
+    for name in PROJECTIONS:
+        assert budgets[name] > 0
+        if device.type == "cpu":
+            assert taken[name] is None
+        else:
+            assert 0 < taken[name] <= budgets[name]
 
 
 def test_wrong_results_have_no_times(bench_of_dequant, monkeypatch):

@@ -90,12 +90,13 @@ def test_there_are_many_classes():
 
 
 @pytest.mark.parametrize(("family", "module", "name"), CLASSES, ids=[name for *_, name in CLASSES])
-def test_every_decorated_class_equals_eager_or_is_refused(family, module, name):
-    experts = small(family, module, name)
+def test_every_decorated_class_equals_eager_or_is_refused(family, module, name, device):
+    experts = small(family, module, name).to(device)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, HIDDEN, generator=generator)
     index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(6)])
     weights = torch.rand(6, 2, generator=generator)
+    x, index, weights = x.to(device), index.to(device), weights.to(device)
     with torch.no_grad():
         if name in REFUSED:
             experts.config._experts_implementation = layer.KEY

@@ -1,6 +1,7 @@
 """Launches and bytes of benchmark cases, counted without a GPU, and what a change of them does."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 import scattermoe_lora
 from verify.ahead import ARCHITECTURES
+from verify.bench_arms import budget_of, decoding_of
 from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase, by_projection
 from verify.bench_inputs import draw
 from verify.commands.compile import Baseline
@@ -99,6 +101,19 @@ def test_a_projection_allocates_its_results_alone(tokens, rank):
     assert found.allocated_bytes == sum(rounded(2 * rows * width) for width in widths)
     assert found.peak_bytes == found.allocated_bytes
     assert found == footprint_of(scattermoe_lora, case, HOPPER)
+
+
+@pytest.mark.parametrize("what", ["chunked", "full"])
+@pytest.mark.parametrize("model", ["qwen3-30b", "mixtral"])
+def test_decoded_experts_take_what_was_allowed(what, model):
+    case = case_of("qlora-layer", what, shape=SHAPES[model], tokens=2048, rank=16)
+    for name, arm in decoding_of(scattermoe_lora, case, operands(case)).items():
+        found = counted(scattermoe_lora, HOPPER, lambda arm=arm: arm.call)
+        budget, stack = budget_of(case, name), 2 * case.shape.experts
+        stack *= math.prod(case.shape.widths(name))
+        assert found.peak_bytes == stack if budget is None else budget / 2 < found.peak_bytes
+        assert budget is None or found.peak_bytes <= budget
+        assert found.allocations == 1
 
 
 def test_a_plan_of_the_architecture_is_used():

@@ -177,8 +177,8 @@ def scaled(monkeypatch):
     return plant
 
 
-def trained(arm="lora", settings=SMALL):
-    training = Training(settings=settings, arms=(arm,), device=CPU, seed=0)
+def trained(device, arm="lora", settings=SMALL):
+    training = Training(settings=settings, arms=(arm,), device=device, seed=0)
     assert [progress.step for progress in training.run()] == [1, 2, 3] * 3
     assert training.complete
     return {
@@ -187,27 +187,27 @@ def trained(arm="lora", settings=SMALL):
     }
 
 
-def test_our_curve_is_within_the_noise():
+def test_our_curve_is_within_the_noise(device):
     # With a second layer gradients pass through experts.
-    assert trained("nf4", replace(SMALL, layers=2))["noise"] == [True] * 3
+    assert trained(device, "nf4", replace(SMALL, layers=2))["noise"] == [True] * 3
 
 
-def test_an_adapter_that_is_ignored_is_seen(scaled):
+def test_an_adapter_that_is_ignored_is_seen(scaled, device):
     scaled(0.0)
-    found = trained()
+    found = trained(device)
     assert found["off"] == [False]
     assert found["noise"][-1] is False
 
 
-def test_a_wrong_scale_is_seen(scaled):
+def test_a_wrong_scale_is_seen(scaled, device):
     scaled(1.05)
-    assert trained()["noise"][-1] is False
+    assert trained(device)["noise"][-1] is False
 
 
-def test_the_command_writes_its_record_and_the_picture(tmp_path, monkeypatch):
+def test_the_command_writes_its_record_and_the_picture(tmp_path, monkeypatch, device):
     monkeypatch.setattr(Settings, "of", lambda device, count: replace(SMALL, steps=count))
     record, picture = tmp_path / "train.json", tmp_path / "train.png"
-    words = ["train", "--device", "cpu", "--steps", "2", "--arms", "lora"]
+    words = ["train", "--device", str(device), "--steps", "2", "--arms", "lora"]
     # Two steps are too few to learn much.
     assert main([*words, "--json", str(record), "--plot", str(picture)]) == 1
     values = json.loads(record.read_text())
@@ -225,14 +225,14 @@ def test_the_command_writes_its_record_and_the_picture(tmp_path, monkeypatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_run_leaves_a_record(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_a_record(tmp_path, monkeypatch, device):
     def interrupted(training):
         raise KeyboardInterrupt
         yield
 
     monkeypatch.setattr(Training, "run", interrupted)
     record = tmp_path / "train.json"
-    assert main(["train", "--device", "cpu", "--json", str(record)]) == 130
+    assert main(["train", "--device", str(device), "--json", str(record)]) == 130
     assert json.loads(record.read_text())["summary"] == {
         "passed": 0,
         "failed": 0,
@@ -255,9 +255,9 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         replace(SMALL, **settings)
 
 
-def test_a_missing_package_is_named(monkeypatch, capsys):
+def test_a_missing_package_is_named(monkeypatch, capsys, device):
     import sys
 
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert main(["train", "--device", "cpu", "--arms", "lora"]) == 2
+    assert main(["train", "--device", str(device), "--arms", "lora"]) == 2
     assert "peft is not installed" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import bench_plans, peer_figures
-from .bench_arms import Arm, arm_of
+from .bench_arms import Arm, arm_of, budget_of, decoding_of
 from .bench_cases import BenchCase
 from .bench_check import Judge
 from .bench_inputs import Drawn, draw
@@ -161,6 +161,7 @@ class Bench:
             "peers_left_out": left_out,
             "invalid": self._invalid(case, {name: timings[name].median for name in arms}),
             **self._graph(case, arm),
+            **self._transient(case, drawn),
         }
         return Entry(
             case=case,
@@ -189,6 +190,18 @@ class Bench:
         base = arm_of(self.lib, replace(case, kind="kernel", what="base", rank=0), drawn)
         base.results()
         return {BASE: base}
+
+    def _transient(self, case: BenchCase, drawn: Drawn) -> dict[str, Any]:
+        """What decoded experts take at a time, beside the budget that was asked for."""
+        if case.kind != "qlora-layer":
+            return {}
+        arms = decoding_of(self.lib, case, drawn)
+        return {
+            "budget_bytes": {name: budget_of(case, name) for name in arms},
+            "transient_bytes": {
+                name: peak_bytes(arm.call, self.device) for name, arm in arms.items()
+            },
+        }
 
     def _invalid(self, case: BenchCase, measured: Mapping[str, float]) -> list[str]:
         if self.device.type != "cuda":

@@ -176,10 +176,31 @@ def layer_arm(lib: ModuleType, case: BenchCase, drawn: Drawn, *, adapters: bool 
 def _weight(lib: ModuleType, case: BenchCase, drawn: Drawn, projection: str) -> Any:
     if case.kind != "qlora-layer":
         return drawn[f"weight_{projection}"]
-    one = 2 * math.prod(case.shape.widths(projection))
-    budget = max(CHUNK_BYTES, one) if case.what == "chunked" else None
     stack = four_bit_of(lib, drawn, projection)
-    return _module(lib, "quant").StoredWeight(stored=stack, transposed=True, budget_bytes=budget)
+    return _module(lib, "quant").StoredWeight(
+        stored=stack, transposed=True, budget_bytes=budget_of(case, projection)
+    )
+
+
+def decoding_of(lib: ModuleType, case: BenchCase, drawn: Drawn) -> dict[str, Arm]:
+    """By projection of a QLoRA layer, decoding its experts as the layer does, and nothing else."""
+
+    def arm(weight: Any) -> Arm:
+        def call() -> Outputs:
+            for _ in weight.blocks(case.torch_dtype):
+                pass
+            return ()
+
+        return Arm(call=call, outputs=())
+
+    return {name: arm(_weight(lib, case, drawn, name)) for name in PROJECTIONS}
+
+
+def budget_of(case: BenchCase, projection: str) -> int | None:
+    """Bytes that the decoded experts of a projection may take; None: all at once."""
+    if case.what != "chunked":
+        return None
+    return max(CHUNK_BYTES, 2 * math.prod(case.shape.widths(projection)))
 
 
 def four_bit_of(lib: ModuleType, drawn: Drawn, projection: str) -> Any:
