@@ -26,6 +26,8 @@ import scattermoe_lora as lib
 from verify.ahead import ARCHITECTURES, redirected
 from verify.footprint import stated
 from verify.specs import KERNELS
+from verify.specs.glu import of_package
+from verify.references import GatedActivation
 
 torch.set_num_threads(1)
 launch_type = sys.modules["scattermoe_lora._launch"].Launch
@@ -68,6 +70,29 @@ def routed(inputs):
     return made
 
 
+def by_hand(name, drawn):
+    # What callers may leave out, or hand over otherwise, and no spec does.
+    routing, gates = drawn.prepared, drawn["gates"]
+    for given in (gates, None, gates.bfloat16()):
+        if name == "glu_backward":
+            made = of_package(lib, GatedActivation())
+            lib.ops.glu_backward(drawn["h"], drawn["dact"], routing, made, gates=given)
+            continue
+        y = drawn["y"]
+        out = y.new_empty(drawn.case.tokens, y.shape[1])
+        for written in (out, padded(out)):
+            lib.ops.combine(y, routing, gates=given, out=written)
+
+
+def cut(drawn, side):
+    # The same strides, 8 columns fewer: of what goes in, or of what comes out.
+    inner, outer = (slice(-8), slice(None)) if side == "in" else (slice(None), slice(-8))
+    return drawn.having(
+        x=drawn["x"][:, inner], weight=drawn["weight"][:, inner, outer],
+        lora_a=drawn["lora_a"][..., inner], lora_b=drawn["lora_b"][:, outer],
+    )
+
+
 def padded(value):
     # The same values, each row of which is followed by 8 others.
     wider = value.new_zeros((*value.shape[:-1], value.shape[-1] + 8))
@@ -92,12 +117,21 @@ with redirected(lib, lambda *facts: None), stated(lib, ARCHITECTURES[90]):
             continue  # It takes tokens.
         bases = [case for case in spec.cases if case.name in ("plain", "scattered")]
         for case, dtype in itertools.product(bases, spec.dtypes):
+            if changes and dtype == torch.float16:
+                continue  # It takes the forms of bfloat16.
             case = replace(case, **changes)
             drawn = spec.inputs(case, dtype, spec.modes[-1], cpu, seed=0)
             drawn = replace(drawn, prepared=routed(drawn) if spec.prepare else None)
+            if not changes and spec.name in ("combine", "glu_backward"):
+                by_hand(spec.name, drawn)
+            if not changes and spec.name == "routing":
+                for kind in (torch.int32, torch.int16, torch.uint8):
+                    routed(drawn.having(top_k_index=drawn["top_k_index"].to(kind)))
             wide = [name for name, value in drawn.tensors.items() if value.ndim > 1]
-            for name in (None, *wide):
-                inputs = drawn if name is None else drawn.having(**{name: padded(drawn[name])})
+            varied = [drawn, *(drawn.having(**{name: padded(drawn[name])}) for name in wide)]
+            if not changes and case.name == "plain" and spec.name == "lora_forward":
+                varied += [cut(drawn, side) for side in ("in", "out")]
+            for inputs in varied:
                 for plan in spec.plans(lib, inputs):
                     if plan.quick and not plan.unavailable:
                         spec.run(lib, inputs, plan.plan)
