@@ -41,6 +41,7 @@ def pytest_cmdline_main(config) -> None:
     options = config.option
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     alone = hasattr(config, "workerinput") or options.usepdb or options.collectonly
+    alone = alone or options.capture == "no"
     if (
         whole
         and not alone
