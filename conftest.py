@@ -14,8 +14,8 @@ DEVICE = prepare_interpreter()
 # processes. The variable is for the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_PROCESSES = 8
-"""Each needs a gigabyte of memory, and on a GPU a context."""
+_PROCESSES, _DEVICE_BYTES = 16, 2**31
+"""At most so many, each with so much of a GPU's memory: contexts alone take half a gigabyte."""
 _EXCLUDED = pytest.StashKey[list[str]]()
 _ELSEWHERE = pytest.StashKey[list[str]]()
 
@@ -49,7 +49,15 @@ def pytest_cmdline_main(config) -> None:
         and options.numprocesses is None
         and not _benchmarks(config)
     ):
-        options.numprocesses = min(os.cpu_count() or 1, _PROCESSES)
+        options.numprocesses = _processes()
+
+
+def _processes() -> int:
+    most = min(os.cpu_count() or 1, _PROCESSES)
+    if DEVICE == "cpu":
+        return most
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(most, memory // _DEVICE_BYTES))
 
 
 def _benchmarks(config) -> bool:
