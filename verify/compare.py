@@ -147,7 +147,9 @@ class _Errors:
 
         def kept(vectors: Tensor) -> Tensor:
             full = vectors.expand_as(value)
-            return torch.where(finite, full, torch.zeros_like(full))
+            if vectors.ndim == 0 and not vectors:
+                return full
+            return torch.where(finite, full, 0.0)
 
         def part(variance: Tensor) -> Tensor:
             return kept(expected.vectors(variance))

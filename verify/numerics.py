@@ -26,6 +26,8 @@ _FUNCTION_EPSILON = 2.0**-21
 """Relative error allowed to exp, tanh and what is built of a few fp32 operations."""
 
 
+BLOCK = 2**22
+"""Elements of the blocks in which large tensors are worked on, where that needs less memory."""
 _SMALLEST = 2.0**-149
 """The smallest fp32 number: sums below the normal numbers are rounded to its multiples."""
 
@@ -48,9 +50,38 @@ def rounding_variance(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Variance of rounding `value` (fp64) to nearest in `dtype`: uniform over one spacing."""
     if dtype == torch.float64:
         return _zero(value)
+    places = blocks(value)
+    if len(places) > 1:
+        variance = torch.empty_like(value)
+        for rows in places:
+            variance[rows] = rounding_variance(value[rows], dtype)
+        return variance
     variance = spacing(value, dtype).square_().div_(12)
     # A stored zero is exact.
     return variance.masked_fill_(value == 0, 0)
+
+
+def blocks(value: Tensor) -> Sequence[Any]:
+    """Slices of the first dimension that hold at most BLOCK elements, or one index each."""
+    if value.numel() <= BLOCK or value.ndim == 0:
+        return (...,)
+    step = max(1, BLOCK * value.shape[0] // value.numel())
+    return [slice(start, start + step) for start in range(0, value.shape[0], step)]
+
+
+def by_rows(
+    function: Callable[..., "Uncertain"], width: int, *operands: "Uncertain | Tensor"
+) -> "Uncertain":
+    """[rows, width] of operands with as many rows, each row by itself: a block of rows after the
+    other.
+    """
+    first = operands[0]
+    like = first.value if isinstance(first, Uncertain) else first
+    places = blocks(like)
+    if len(places) == 1:
+        return function(*operands)
+    parts = (function(*(operand[rows] for operand in operands)) for rows in places)
+    return _gathered(parts, places, (like.shape[0], width), like)
 
 
 def tf32_spacing(value: Tensor) -> Tensor:

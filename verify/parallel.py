@@ -6,7 +6,7 @@ On a GPU only as many problems are under way as its memory has room for.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import torch
@@ -18,19 +18,40 @@ from .run import Outcome, Problem, Selection
 
 _FEW = 24
 """Fewer problems than this are done before a second process has started."""
-_STACKS, _ROWS = 6, 10
-"""fp64 tensors of a reference that are alive together: a product with its variances and the
-kernel's output beside them, per expert weight or per row.
+_ALIVE: Mapping[str, tuple[float, float, float, float]] = {
+    "scatter2scatter": (3, 18, 2, 3),
+    "shrink": (3, 2, 2, 14),
+    "lora_forward": (3, 22, 2, 15),
+    "lora_input_grad": (22, 7, 2, 15),
+    "lora_weight_grad": (3, 7, 2, 12),
+    "expert_weight_grad": (3, 7, 18, 2),
+    "expert_bias_grad": (2, 7, 2, 2),
+    "group": (14, 2, 2, 2),
+    "combine": (2, 10, 2, 2),
+    "combine_grad": (2, 5, 2, 2),
+    "glu_forward": (1, 17, 1, 2),
+    "glu_backward": (2, 34, 1, 4),
+}
+"""What a check holds at a time, as fp64 tensors [rows, K], [rows, N], [experts, K, N], and of rank
+columns for each row and each line of the experts: counted in fp32, rounded up.
 """
+_UNKNOWN = tuple(max(counts) for counts in zip(*_ALIVE.values(), strict=True))
 _SHARE = 0.85
 """Share of a GPU's memory that problems may take; contexts of processes need some too."""
 
 
-def footprint(case: Case) -> int:
-    """Bytes that checking a case may take at a time, references and their variances included."""
-    stack = case.experts * case.k_in * case.n_out
-    rows = case.rows * (case.k_in + case.n_out)
-    return 8 * max(_STACKS * stack, _ROWS * rows)
+def footprint(kernel: str, case: Case) -> int:
+    """Bytes that checking a kernel on a case may take at a time: its reference with the variances,
+    and the judge.
+    """
+    sizes = (
+        case.rows * case.k_in,
+        case.rows * case.n_out,
+        case.experts * case.k_in * case.n_out,
+        case.rank * (case.rows + case.experts * (case.k_in + case.n_out)),
+    )
+    alive = _ALIVE.get(kernel, _UNKNOWN)
+    return int(8 * sum(count * size for count, size in zip(alive, sizes, strict=True)))
 
 
 def room(device: torch.device) -> float:
@@ -74,7 +95,7 @@ def checked(
     device = problems[0].device
 
     def size(batch: list[int]) -> int:
-        return max(footprint(problems[index].case) for index in batch)
+        return max(footprint(problems[i].spec.name, problems[i].case) for i in batch)
 
     waiting = sorted(batches, key=size, reverse=True)
     running: dict[Future[list[list[Outcome]]], list[int]] = {}

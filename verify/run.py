@@ -197,6 +197,8 @@ class Problem:
             try:
                 how = self.spec.arithmetic(self.lib, inputs, plan.plan)
                 if how not in known:
+                    # The last reference is let go before another one is made.
+                    known = {}
                     known = {how: self._reference(inputs, how)}
                 outputs, problems = guarded_run(
                     self.lib,

@@ -12,7 +12,7 @@ from ..cases import CASES, Case
 from ..expected import Expected
 from ..inputs import Inputs, make_inputs
 from ..models import Arithmetic
-from ..numerics import Uncertain, elementwise, summed
+from ..numerics import Uncertain, by_rows, elementwise, summed
 from ..references import GatedActivation
 from ..spec import KernelSpec, NamedPlan
 from .common import bytes_of, groups_of, ops, routing, submodule
@@ -101,8 +101,12 @@ def _rows_expected(inputs: Inputs, model: Uncertain, dtype: torch.dtype) -> Expe
 
 def glu(h: Uncertain, activation: GatedActivation) -> Uncertain:
     """act [., I] of h [., 2 I], not yet rounded."""
-    gate, up = _halves(h, activation)
-    return elementwise(activation, gate, up, scale=_sizes(activation, gate, up)[0])
+
+    def of_rows(h: Uncertain) -> Uncertain:
+        gate, up = _halves(h, activation)
+        return elementwise(activation, gate, up, scale=_sizes(activation, gate, up)[0])
+
+    return by_rows(of_rows, h.value.shape[-1] // 2, h)
 
 
 def _halves(h: Uncertain, activation: GatedActivation) -> tuple[Uncertain, Uncertain]:
@@ -128,6 +132,15 @@ def glu_gradient(
 ) -> Uncertain:
     """dh [., 2 I] of h [., 2 I] and dact [., I], rows times gates [.], not yet rounded."""
 
+    def of_rows(h: Uncertain, dact: Uncertain, gates: Tensor) -> Uncertain:
+        return _gradient_of_rows(h, dact, gates, activation)
+
+    return by_rows(of_rows, h.value.shape[-1], h, dact, gates)
+
+
+def _gradient_of_rows(
+    h: Uncertain, dact: Uncertain, gates: Tensor, activation: GatedActivation
+) -> Uncertain:
     def partial(index: int) -> Uncertain:
         def function(gate: Tensor, up: Tensor, d: Tensor) -> Tensor:
             value = activation(gate, up)
@@ -174,9 +187,16 @@ def _joined(gate: Uncertain, up: Uncertain, activation: GatedActivation) -> Unce
     )
 
 
+def _lean(found: Uncertain) -> Uncertain:
+    """Without the parts that are zero throughout."""
+    nothing = found.value.new_zeros(())
+    local, shared = (part if bool(part.any()) else nothing for part in (found.local, found.shared))
+    return replace(found, local=local, shared=shared)
+
+
 def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     del how
-    model = glu(Uncertain.exact(inputs["h"].double()), activation_of(inputs.case))
+    model = _lean(glu(Uncertain.exact(inputs["h"].double()), activation_of(inputs.case)))
     return {"act": _rows_expected(inputs, model.rounded(inputs.dtype), inputs.dtype)}
 
 
@@ -186,8 +206,8 @@ def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expecte
     h, dact = (Uncertain.exact(inputs[name].double()) for name in ("h", "dact"))
     slots = _slots(inputs)
     gates = inputs["gates"].double().reshape(-1)[slots]
-    act = glu(h, activation)
-    dh = glu_gradient(h, dact, gates, activation).rounded(dtype)
+    act = _lean(glu(h, activation))
+    dh = _lean(glu_gradient(h, dact, gates, activation)).rounded(dtype)
     dgates = summed(act.times(dact), 1).rounded(torch.float32)
     placed = dgates.rearranged(lambda part: torch.empty_like(part).index_copy(0, slots, part))
     placed = placed.rearranged(lambda part: part.view(case.tokens, case.top_k))
