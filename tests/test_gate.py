@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import on_the_cpu, refused_on_the_cpu
-from sample_records import head
 from virtual_device import Speeds, cases
 
 import scattermoe_lora
@@ -24,7 +23,6 @@ from verify.gate import Gate, Result, exit_status, summary_of
 from verify.gate_cases import MOST, WITNESSES, suite, tiny_suite
 from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit, differing, more_rounds
 from verify.gate_plant import Plant, busy_wait, slow_tree
-from verify.record_check import Sources, inspect
 from verify.statistics import AMBIGUOUS, IMPROVEMENT, REGRESSION, SAME, UNMEASURED, Rule
 from verify.timing import Effort, VirtualClock, clock_of
 
@@ -462,44 +460,3 @@ def test_a_calibration_succeeds_where_all_is_in_the_rates_and_they_are_kept(rate
 def test_the_list_is_the_suite(capsys):
     assert main(["gate", "--list"]) == 0
     assert capsys.readouterr().out.split() == [case.name for case in suite()]
-
-
-# Records
-
-
-@pytest.mark.parametrize(
-    ("command", "facts", "state"),
-    [
-        ("gate", {}, "good"),
-        ("gate", {"regression": 2}, "failed"),
-        ("gate", {"ambiguous": 1}, "incomplete"),
-        ("gate", {"invalid": ["a peer took 2 ms"]}, "incomplete"),
-        ("gate", {"benchmarks": 59}, "incomplete"),
-        ("gate", {"complete": False}, "incomplete"),
-        ("gate-planted", {"regression": 60}, "good"),
-        ("gate-planted", {"regression": 59}, "failed"),
-        ("gate-planted", {"regression": 0, "benchmarks": 0}, "failed"),
-        ("gate-planted", {"regression": 5, "benchmarks": 5}, "good"),
-        ("gate-samples", {}, "good"),
-        ("gate-samples", {"rates": None}, "incomplete"),
-        ("gate-samples", {"benchmarks": 59}, "incomplete"),
-    ],
-)
-def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts, state):
-    machine = tmp_path / "nvidia-h100-80gb-hbm3"
-    machine.mkdir()
-    summary = {"regression": 0, "ambiguous": 0, "invalid": [], "complete": True, "benchmarks": 60}
-    whole = {"fingerprint": {}, "plant": 0.0, "rates": {"power": 1.0}}
-    summary |= {key: value for key, value in facts.items() if key in summary}
-    record = head(command, summary=summary) | whole
-    record |= {key: value for key, value in facts.items() if key in whole}
-    (machine / f"{command}.json").write_text(json.dumps(record))
-    sources = Sources(fingerprint={}, enumerate=lambda selection: frozenset())
-    _, found = inspect(tmp_path, sources, release=True)
-    assert (found.state, found.fault) == (state, state != "good")
-    option = {
-        "gate": "--against main",
-        "gate-samples": "--calibrate",
-        "gate-planted": "--against . --plant 10",
-    }[command]
-    assert f"gate {option} --device cuda" in found.refresh

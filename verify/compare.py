@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .expected import Expected
+from .numerics import blocks
 
 WORST = 1e9
 """The ratio of an error that no limit allows."""
@@ -129,7 +130,10 @@ def _equal(output: str, got: Tensor, expected: Expected) -> Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Errors:
-    """Errors and variances as [vectors, length], non-finite elements taken out."""
+    """Errors and variances as [vectors, length], non-finite elements taken out.
+
+    score: of each vector, its largest error in standard deviations; column: where that is.
+    """
 
     output: str
     got: Tensor
@@ -139,6 +143,8 @@ class _Errors:
     independent: Tensor
     shared: Tensor
     drift: Tensor
+    score: Tensor
+    column: Tensor
 
     @classmethod
     def of(cls, output: str, got: Tensor, expected: Expected) -> "_Errors":
@@ -156,16 +162,20 @@ class _Errors:
 
         model = expected.model
         error = kept(expected.vectors(got).double() - value)
-        drift = part(model.drift)
+        drift, shared = part(model.drift), part(model.shared)
+        independent = part(model.local) + drift
+        score, column = _scores(error, independent, shared)
         return cls(
             output=output,
             got=got,
             expected=expected,
             finite=finite,
             error=error,
-            independent=part(model.local) + drift,
-            shared=part(model.shared),
+            independent=independent,
+            shared=shared,
             drift=drift,
+            score=score,
+            column=column,
         )
 
     @property
@@ -239,8 +249,8 @@ class _Errors:
         return self._group("row", torch.arange(vectors, device=self.labels.device), vectors)
 
     def _elements(self) -> Comparison:
-        ratios = _over(self.error.square(), (self.independent + self.shared) * _ELEMENT**2)
-        return self._found("row", float(ratios.max()), None)
+        score = float(self.score.max())
+        return self._found("row", score if score >= WORST else score / _ELEMENT, None)
 
     def _slopes(self) -> Comparison:
         """Least squares of the error on the terms: the excess of each term's factor over 1."""
@@ -297,13 +307,22 @@ class _Errors:
         return _SLOPE * (alone + together) ** 0.5 + drift + 1e-300
 
     def _found(self, measure: str, ratio: float, mask: Tensor | None) -> Comparison:
-        scores = _over(self.error.square(), self.independent + self.shared)
-        if mask is not None:
-            scores = scores * mask[:, None]
-        place = int(scores.argmax())
-        vector, column = divmod(place, self.error.shape[1])
+        scores = self.score if mask is None else self.score * mask
+        vector = int(scores.argmax())
+        column = int(self.column[vector])
         where = _place(self.got, self.expected, vector, column)
         return Comparison(output=self.output, ratio=ratio, measure=measure, where=where)
+
+
+def _scores(error: Tensor, independent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each vector the largest score and its column, in blocks of vectors: a whole one of every
+    element would be held beside the operands.
+    """
+    parts = [
+        _over(error[rows].square(), independent[rows] + shared[rows]).max(1)
+        for rows in blocks(error)
+    ]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def _over(squares: Tensor, limits: Tensor) -> Tensor:
