@@ -97,12 +97,13 @@ def checked(
     def size(batch: list[int]) -> int:
         return max(footprint(problems[i].spec.name, problems[i].case) for i in batch)
 
+    space = room(device)
     waiting = sorted(batches, key=size, reverse=True)
     running: dict[Future[list[list[Outcome]]], list[int]] = {}
     with pool(workers, _start, str(device)) as executor:
         while waiting or running:
             taken = sum(size(batch) for batch in running.values())
-            for batch in admitted(waiting, taken, workers - len(running), room(device), size):
+            for batch in admitted(waiting, taken, workers - len(running), space, size):
                 waiting.remove(batch)
                 running[executor.submit(_check, selection, str(device), batch)] = batch
             done, _ = wait(running, return_when=FIRST_COMPLETED)

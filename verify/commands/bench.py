@@ -18,9 +18,11 @@ from ..timing import Effort, clock_of
 from .common import (
     add_common,
     check_names,
+    integers,
     package,
     prepare,
     refuse_unused,
+    separated,
     source_directory,
 )
 
@@ -30,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
     parser.add_argument(
         "--models",
-        type=_words,
+        type=separated,
         default=(),
         metavar="A,B",
         help=f"{', '.join(BUILT_IN)}, tiny, or directories or names of transformers configurations",
     )
-    parser.add_argument("--kinds", type=_words, default=(), metavar="A,B", help=", ".join(KINDS))
-    parser.add_argument("--T", type=_integers, default=(), metavar="N,M", help="tokens")
-    parser.add_argument("--rank", type=_integers, default=(), metavar="N,M")
+    parser.add_argument("--kinds", type=separated, default=(), metavar="A,B", help=", ".join(KINDS))
+    parser.add_argument("--T", type=integers, default=(), metavar="N,M", help="tokens")
+    parser.add_argument("--rank", type=integers, default=(), metavar="N,M")
     parser.add_argument(
-        "--routing", type=_words, default=(), metavar="A,B", help="|".join(ROUTINGS)
+        "--routing", type=separated, default=(), metavar="A,B", help="|".join(ROUTINGS)
     )
-    parser.add_argument("--dtypes", type=_words, default=(), metavar="A,B")
-    parser.add_argument("--names", type=_words, default=(), metavar="GLOB,..", help="by name")
+    parser.add_argument("--dtypes", type=separated, default=(), metavar="A,B")
+    parser.add_argument("--names", type=separated, default=(), metavar="GLOB,..", help="by name")
     parser.add_argument(
         "--full",
         action="store_true",
@@ -66,14 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first calls of layers in fresh processes with an empty compile cache",
     )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -40,7 +40,17 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         ("dtypes", "float32, float16, bfloat16"),
         ("modes", "balanced, lora-only, exact"),
     ):
-        parser.add_argument(f"--{option}", type=_words, default=(), metavar="A,B", help=meaning)
+        parser.add_argument(f"--{option}", type=separated, default=(), metavar="A,B", help=meaning)
+
+
+def separated(text: str) -> tuple[str, ...]:
+    """Names between commas, for argparse."""
+    return tuple(word for word in text.split(",") if word)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas, for argparse."""
+    return tuple(int(word) for word in separated(text))
 
 
 def positive(text: str) -> float:
@@ -91,10 +101,6 @@ def _stated(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{option}" if value else f"--no-{option}"
     return f"--{option} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
 
 
 def prepare(device: str | None) -> torch.device:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.live import Live
 
 from .common import (
-    _words,
     add_device,
     add_json,
     amount,
@@ -24,6 +23,7 @@ from .common import (
     count,
     positive,
     prepare,
+    separated,
     source_directory,
 )
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     time_given.add_argument("--minutes", type=positive, help="the same in minutes")
     parser.add_argument(
-        "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
+        "--kernels", type=separated, default=(), metavar="A,B", help="names of kernels"
     )
     parser.add_argument(
         "--enough", type=amount, default=0, metavar="N", help="stop after so many findings"

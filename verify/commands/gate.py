@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import PACKAGE, add_common, count, prepare, refuse_unused, source_directory
+from .common import PACKAGE, add_common, count, prepare, refuse_unused, separated, source_directory
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare today's sources with themselves in 10 processes, and publish the rates",
     )
-    parser.add_argument("--names", type=_words, default=(), metavar="GLOB,..", help="by name")
+    parser.add_argument("--names", type=separated, default=(), metavar="GLOB,..", help="by name")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long (8)")
     parser.add_argument(
         "--processes", type=count, metavar="N", help="exactly so many processes of each benchmark"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record has")
     parser.add_argument(
         "--accept",
-        type=_words,
+        type=separated,
         default=(),
         metavar="A,B",
         help="peak_bytes, launches: what may grow",
@@ -71,10 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile first, in several processes (GPU)",
     )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from .common import (
     count,
     prepare,
     refuse_unused,
+    separated,
     source_directory,
 )
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     depth.add_argument("--full", action="store_true", help="every mutant")
     parser.add_argument(
-        "--kernels", type=_words, default=(), metavar="A,B", help="functions, or specs by name"
+        "--kernels", type=separated, default=(), metavar="A,B", help="functions, or specs by name"
     )
     parser.add_argument(
         "--per-kernel", type=amount, default=_FAST_PER_KERNEL, metavar="N", help="seeded sample"
@@ -53,10 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=count, default=0, metavar="N", help="processes")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .common import (
-    _words,
     add_common,
     check_names,
     package,
     positive,
     prepare,
     refuse_unused,
+    separated,
     source_directory,
 )
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("qualify"),
         help="records; stages that passed stay so",
     )
-    parser.add_argument("--stages", type=_words, default=(), metavar="A,B", help="only these")
+    parser.add_argument("--stages", type=separated, default=(), metavar="A,B", help="only these")
     parser.add_argument("--again", action="store_true", help="run stages that passed, too")
     parser.add_argument("--fuzz-minutes", type=positive, default=5.0)
     parser.add_argument("--tune-minutes", type=positive, default=8.0)

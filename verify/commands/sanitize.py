@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .common import (
-    _words,
     add_device,
     add_json,
     check_names,
@@ -19,6 +18,7 @@ from .common import (
     package,
     positive,
     prepare,
+    separated,
     source_directory,
 )
 
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add_device(parser)
     parser.add_argument(
-        "--kernels", type=_words, default=(), metavar="A,B", help="names of kernels"
+        "--kernels", type=separated, default=(), metavar="A,B", help="names of kernels"
     )
     parser.add_argument(
-        "--tools", type=_words, default=(), metavar="A,B", help="all, unless stated"
+        "--tools", type=separated, default=(), metavar="A,B", help="all, unless stated"
     )
     parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
     parser.add_argument("--minutes", type=positive, help="start no batch after so long")

@@ -13,15 +13,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .common import (
-    _words,
     add_device,
     add_json,
     amount,
     check_names,
     count,
+    integers,
     package,
     positive,
     prepare,
+    separated,
     source_directory,
 )
 
@@ -32,21 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument(
         "--models",
-        type=_words,
+        type=separated,
         default=(),
         metavar="A,B",
         help="built-in names or configurations; without a GPU `tiny`, unless stated",
     )
     parser.add_argument(
         "--tokens",
-        type=_integers,
+        type=integers,
         default=(),
         metavar="T,T",
         help="2048,8192, or 24 without a GPU, unless stated",
     )
-    parser.add_argument("--ranks", type=_integers, default=(16,), metavar="R,R", help="16")
+    parser.add_argument("--ranks", type=integers, default=(16,), metavar="R,R", help="16")
     parser.add_argument(
-        "--dtypes", type=_words, default=("bfloat16",), metavar="A,B", help="bfloat16"
+        "--dtypes", type=separated, default=("bfloat16",), metavar="A,B", help="bfloat16"
     )
     parser.add_argument("--rounds", type=count, default=7, help="samples per candidate")
     parser.add_argument(
@@ -56,10 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table", type=Path, help="where to write (default: the own table of this GPU)"
     )
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
 
 
 def main(arguments: argparse.Namespace) -> int:
