@@ -19,6 +19,24 @@ HALVED_FROM = tl.constexpr(128)
 """Tile height from which a short last tile is halved: 64 rows are one tensor-core instruction."""
 
 
+EARLY_RANKS = tl.constexpr(32)
+"""Up to this rank the low-rank operands wait in registers while the loop over K runs."""
+
+
+@triton.jit
+def low_rank_tiles(left, right, left_rows, expert, n, r_start, N, R, BLOCK_R: tl.constexpr):
+    """L [rows, BLOCK_R] and R[e] [BLOCK_R, columns] from rank r_start on."""
+    r = r_start + tl.arange(0, BLOCK_R)
+    left_ptrs = left.ptr + left_rows[:, None] * left.row + r[None, :] * left.col
+    left_tile = tl.load(left_ptrs, mask=(r < R)[None, :], other=0.0)
+    right_expert = right.ptr + expert.to(tl.int64) * right.expert
+    right_ptrs = right_expert + r.to(tl.int64)[:, None] * right.row
+    right_ptrs += n.to(tl.int64)[None, :] * right.col
+    inside = (r < R)[:, None] & (n < N)[None, :]
+    right_tile = tl.load(right_ptrs, mask=inside, other=0.0)
+    return left_tile, right_tile
+
+
 @triton.jit
 def product_tile(
     x,
@@ -59,6 +77,15 @@ def product_tile(
     if not W_DESCRIPTOR:
         w_expert = w.ptr + (expert - first_expert).to(tl.int64) * w.expert
         w_ptrs = w_expert + k.to(tl.int64)[:, None] * w.row + n.to(tl.int64)[None, :] * w.col
+    # What the end of the tile reads is asked for here and arrives while the loop over K runs.
+    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
+    EARLY: tl.constexpr = BLOCK_R <= EARLY_RANKS
+    if left is not None:
+        left_rows = tile_rows(slots, row, end, 1, True, BLOCK_M)
+        if EARLY:
+            left_tile, right_tile = low_rank_tiles(
+                left, right, left_rows, expert, n, 0, N, R, BLOCK_R
+            )
     # A loop that may not run at all makes ptxas wait for every tensor-core instruction (C7515).
     tl.assume(K > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -85,24 +112,24 @@ def product_tile(
     acc *= scale
 
     if left is not None:
-        left_rows = tile_rows(slots, row, end, 1, True, BLOCK_M)
-        for r_start in tl.range(0, R, BLOCK_R, num_stages=1):
-            r = r_start + tl.arange(0, BLOCK_R)
-            left_ptrs = left.ptr + left_rows[:, None] * left.row + r[None, :] * left.col
-            left_tile = tl.load(left_ptrs, mask=(r < R)[None, :], other=0.0)
-            right_expert = right.ptr + expert.to(tl.int64) * right.expert
-            right_ptrs = right_expert + r.to(tl.int64)[:, None] * right.row
-            right_ptrs += n.to(tl.int64)[None, :] * right.col
-            inside = (r < R)[:, None] & (n < N)[None, :]
-            right_tile = tl.load(right_ptrs, mask=inside, other=0.0)
+        if EARLY:
+            # Always true; without it Triton waits for the operands before the loop, to stage them.
+            left_tile = tl.where(end > row, left_tile, 0.0)
+            right_tile = tl.where(end > row, right_tile, 0.0)
             acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
+        else:
+            for r_start in tl.range(0, R, BLOCK_R, num_stages=1):
+                left_tile, right_tile = low_rank_tiles(
+                    left, right, left_rows, expert, n, r_start, N, R, BLOCK_R
+                )
+                acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
     if bias is not None:
         bias_ptrs = bias.ptr + expert.to(tl.int64) * bias.row + n.to(tl.int64) * bias.col
         acc += tl.load(bias_ptrs, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if row_scale is not None:
         slot = tile_rows(slots, row, end, 1, False, BLOCK_M)
         acc *= tl.load(row_scale + slot).to(tl.float32)[:, None]
-    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)
+    y_rows = tl.where(end > row, y_rows, 0)
     stored = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
     y_ptrs = y.ptr + y_rows[:, None] * y.row + n.to(tl.int64)[None, :] * y.col
     tl.store(y_ptrs, acc.to(y.ptr.dtype.element_ty), mask=stored)
