@@ -22,7 +22,7 @@ import triton
 
 from ._sizes import next_power_of_two
 from ._syntax import device_code
-from .plan import Device, Operation, Path, Plan, Precision, Problem, Tile, choose
+from .plan import Device, Operation, Path, Plan, Precision, Problem, Tile, choose, part_rows
 
 SCHEMA = 1
 SHIPPED = FilePath(__file__).parent / "plans"
@@ -36,9 +36,11 @@ class PlanTable:
     source: str = ""
 
     def lookup(self, problem: Problem) -> Plan | None:
-        """The plan found for a problem's bucket, with the problem's own fp32 precision."""
+        """The plan found for a problem's bucket, with the problem's own precision and parts."""
         plan = self.plans.get(bucket(problem))
-        return None if plan is None else replace(plan, precision=problem.precision)
+        if plan is None:
+            return None
+        return replace(plan, precision=problem.precision, part_rows=part_rows(problem))
 
 
 EMPTY = PlanTable(plans=MappingProxyType({}))
@@ -140,15 +142,17 @@ def kernel_fingerprint() -> str:
     """A hash of the device code that plans steer."""
     folder = FilePath(__file__).parent
     digest = hashlib.sha256()
-    for name in ("scatter2scatter", "fused", "gram", "recompute", "_tile"):
+    for name in ("scatter2scatter", "fused", "gram", "gram_parts", "recompute", "_tile"):
         digest.update(device_code((folder / "ops" / f"{name}.py").read_text()).encode())
     return digest.hexdigest()[:16]
 
 
 def plan_entry(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON, without the precision, which is a setting and not a finding."""
+    """A plan as JSON, without the precision, which is a setting, and the parts, which depend on the
+    number of experts: neither is found by searching.
+    """
     entry = asdict(plan)
-    del entry["precision"]
+    del entry["precision"], entry["part_rows"]
     return {**entry, "path": plan.path.value}
 
 

@@ -21,7 +21,7 @@ from verify.ahead import ARCHITECTURES, compiling
 lib = importlib.import_module(check.PACKAGE)
 importlib.import_module(check.PACKAGE + ".quant")
 hopper, answer = ARCHITECTURES[90], {}
-base = replace(check.QWEN3, k=256, n=128, experts=16, top_k=2, tokens=512)
+base = replace(check.QWEN3, k=256, n=128, experts=16, top_k=2, tokens=1024)
 wanted = json.loads(sys.argv[1])
 jobs = [check.Job(architecture=90, operation=o, path=p, shape=base) for o, p in wanted]
 shapes = [
@@ -49,7 +49,7 @@ SWEPT = {
     ("scatter2scatter", "tiles"): ["scatter2scatter_kernel"],
     ("lora_forward", "epilogue"): ["scatter2scatter_kernel"] * 2,
     ("lora_forward", "fused"): ["fused_kernel"],
-    ("lora_weight_grad", "gram"): ["gram_kernel"],
+    ("lora_weight_grad", "gram"): ["add_parts_kernel", "gram_kernel"],
     ("group", "default"): ["group_kernel"],
     ("combine", "default"): ["combine_kernel"],
     ("combine_grad", "default"): ["combine_grad_kernel"],

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,20 +170,35 @@ def parsed(text: str, *, status: int) -> Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sanitizer:
-    """Runs jobs under the tool at `path`. tree: another copy of the package, or empty."""
+    """Runs jobs under the tool at `path`.
+
+    tree: another copy of the package, or empty. batch: jobs of a process. processes: at once.
+    """
 
     path: Path
     device: str
     tree: str = ""
     seconds: float = 1200.0
     batch: int = 100
+    processes: int = 1
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """One outcome per job, in batches of one tool."""
-        for tool in dict.fromkeys(job.tool for job in jobs):
-            mine = [job for job in jobs if job.tool == tool]
-            for start in range(0, len(mine), self.batch):
-                yield from self._split(tool, mine[start : start + self.batch])
+        """One outcome per job, in batches of one tool, as they end."""
+        with ThreadPoolExecutor(self.processes) as pool:
+            batches = []
+            for tool in dict.fromkeys(job.tool for job in jobs):
+                mine = [job for job in jobs if job.tool == tool]
+                for start in range(0, len(mine), self.batch):
+                    part = mine[start : start + self.batch]
+                    batches.append(pool.submit(self._outcomes, tool, part))
+            try:
+                for batch in as_completed(batches):
+                    yield from batch.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _outcomes(self, tool: str, jobs: Sequence[Job]) -> list[Outcome]:
+        return list(self._split(tool, jobs))
 
     def _split(self, tool: str, jobs: Sequence[Job]) -> Iterator[Outcome]:
         report = self._watched(tool, [job.draw for job in jobs])

@@ -2,13 +2,25 @@
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._row_tiles import DROPPED, UNUSED
 
-__all__ = ["DROPPED", "UNUSED", "Matrix", "Stack", "locate", "matrix", "stack", "tile_rows"]
+__all__ = [
+    "DROPPED",
+    "UNUSED",
+    "Matrix",
+    "Stack",
+    "coefficients",
+    "locate",
+    "matrix",
+    "row_of_slot",
+    "stack",
+    "tile_rows",
+]
 
 
 class Matrix(NamedTuple):
@@ -38,6 +50,14 @@ def stack(tensor: Tensor) -> Stack:
     return Stack(tensor, *tensor.stride())
 
 
+def coefficients(row_scale: Tensor | None) -> tuple[Tensor | None, torch.dtype | None, int]:
+    """Coefficients of rows as a kernel takes them: flat, with their dtype and address."""
+    if row_scale is None:
+        return None, None, 0
+    flat = row_scale.reshape(-1)
+    return flat, flat.dtype, flat.data_ptr()
+
+
 @triton.jit
 def locate(tiles, first_entry, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's (expert, first row, end of the expert's rows, column block).
@@ -61,9 +81,15 @@ def locate(tiles, first_entry, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def row_of_slot(slot, fan_out):
+    """Operand row that a slot reads, int64; divided in 32 bits, which hold every slot."""
+    return (slot.to(tl.int32) // fan_out).to(tl.int64)
+
+
+@triton.jit
 def tile_rows(slots, row, end, fan_out, BY_EXPERT: tl.constexpr, BLOCK_M: tl.constexpr):
     """Operand rows of a tile, int64 [BLOCK_M]; rows past the end repeat the last one."""
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), end - 1).to(tl.int64)
     if not BY_EXPERT:
-        rows = tl.load(slots + rows) // fan_out
+        rows = row_of_slot(tl.load(slots + rows), fan_out)
     return rows

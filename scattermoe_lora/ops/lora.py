@@ -28,7 +28,7 @@ from ._check import (
     check_type,
     check_weight,
 )
-from ._tile import matrix, stack
+from ._tile import coefficients, matrix, stack
 from .fused import fused_kernel
 from .grouped_mm import by_expert, grouped, grouped_product, zero_dropped
 from .product import (
@@ -241,18 +241,16 @@ def _fused(
     low = x.new_empty((routing.rows, rank))
     if routing.rows == 0:
         return y, low
-    bias, row_scale = rows.bias, rows.row_scale
+    bias = rows.bias
     pointers = x.data_ptr() | weight.data_ptr() | down.data_ptr() | up.data_ptr()
     pointers |= routing.slots.data_ptr()
     by_expert = rows.source is RowOrder.EXPERT
-    bias_form = scale_form = None
+    bias_form = None
     if bias is not None:
         bias_form = (bias.dtype, bias.stride())
         pointers |= bias.data_ptr()
-    if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
-        scale_form = row_scale.dtype
-        pointers |= row_scale.data_ptr()
+    row_scale, scale_form, scale_pointer = coefficients(rows.row_scale)
+    pointers |= scale_pointer
     first_entry, count = row_tile_range(routing.rows, routing.experts, tile.block_m)
     _fused_launch(
         tile, plan.precision, by_expert, rows.target is RowOrder.EXPERT, rank,

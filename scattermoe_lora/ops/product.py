@@ -30,7 +30,7 @@ from ._check import (
     check_weight,
     w_map,
 )
-from ._tile import Matrix, Stack, matrix, stack
+from ._tile import Matrix, Stack, coefficients, matrix, stack
 from .grouped_mm import grouped_product
 from .rows import group
 from .scatter2scatter import scatter2scatter_kernel
@@ -208,7 +208,7 @@ def _launch(
     fan_out = routing.fan_out(source)
     slots = routing.slots
     pointers = x.data_ptr() | weight.data_ptr() | slots.data_ptr()
-    left = right = left_form = right_form = bias_form = scale_form = None
+    left = right = left_form = right_form = bias_form = None
     rank = 0
     if low_rank is not None:
         low, up = low_rank
@@ -219,10 +219,8 @@ def _launch(
     if bias is not None:
         bias_form = (bias.dtype, bias.stride())
         pointers |= bias.data_ptr()
-    if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
-        scale_form = row_scale.dtype
-        pointers |= row_scale.data_ptr()
+    row_scale, scale_form, scale_pointer = coefficients(row_scale)
+    pointers |= scale_pointer
     launch = _product(
         tile, precision, layout, x_map, by_expert, target is RowOrder.EXPERT, rank, k, n, fan_out,
         x.dtype, x.stride(), weight.stride(), left_form, right_form, bias_form, scale_form,

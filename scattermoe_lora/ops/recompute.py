@@ -19,7 +19,7 @@ from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..plan import Plan, Precision, Tile
 from ..routing import Routing, RowOrder
-from ._tile import matrix, stack
+from ._tile import coefficients, matrix, row_of_slot, stack
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -58,10 +58,10 @@ def recompute_kernel(
         rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = rows < end
         slot = tl.load(slots + rows, mask=inside, other=0)
-        p_rows = slot // p_fan_out
+        p_rows = row_of_slot(slot, p_fan_out)
         if P_BY_EXPERT:
             p_rows = rows
-        z_rows = slot // z_fan_out
+        z_rows = row_of_slot(slot, z_fan_out)
         if Z_BY_EXPERT:
             z_rows = rows
         low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -104,11 +104,8 @@ def launch_recompute(
     rank = factor.shape[2]
     pointers = p.data_ptr() | z.data_ptr() | factor.data_ptr()
     pointers |= routing.slots.data_ptr() | routing.offsets.data_ptr()
-    scale_form = None
-    if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
-        scale_form = row_scale.dtype
-        pointers |= row_scale.data_ptr()
+    row_scale, scale_form, scale_pointer = coefficients(row_scale)
+    pointers |= scale_pointer
     _launch(
         tile, plan.precision, p_order is RowOrder.EXPERT, z_order is RowOrder.EXPERT, rank,
         p.dtype, p.stride(), z.stride(), factor.stride(), out.dtype, out.stride(),

@@ -18,7 +18,7 @@ from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_gates, check_row_scale, check_rows, check_same
-from ._tile import matrix
+from ._tile import coefficients, matrix, row_of_slot
 
 
 def group(
@@ -42,11 +42,8 @@ def group(
         width = x.shape[1]
         fan_out = routing.fan_out(source)
         pointers = x.data_ptr() | routing.slots.data_ptr() | routing.expert_of_row.data_ptr()
-        scale = scale_form = None
-        if row_scale is not None:
-            scale = row_scale.reshape(-1)
-            scale_form = scale.dtype
-            pointers |= scale.data_ptr()
+        scale, scale_form, scale_pointer = coefficients(row_scale)
+        pointers |= scale_pointer
         _group(width, x.dtype, x.stride(), scale_form, fan_out)(
             (routing.rows, ceil_div(width, _columns(width)), 1),
             routing.device,
@@ -81,7 +78,8 @@ def group_kernel(
     slot = tl.load(slots + row)
     expert = tl.load(expert_of_row + row)
     columns = tl.where(expert < experts, N, 0)
-    value = tl.load(x.ptr + slot // fan_out * x.row + n * x.col, mask=n < columns, other=0.0)
+    x_row = row_of_slot(slot, fan_out)
+    value = tl.load(x.ptr + x_row * x.row + n * x.col, mask=n < columns, other=0.0)
     if row_scale is not None:
         g = tl.load(row_scale + slot, mask=expert < experts, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) * g).to(out.ptr.dtype.element_ty)
@@ -183,11 +181,12 @@ def _combine_grad(width: int, *form: object) -> Launch:
 def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
     """The gradient of one gate."""
     slot = tl.program_id(0).to(tl.int64)
+    token = row_of_slot(slot, fan_out)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         value = tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, other=0.0)
-        out = tl.load(dout.ptr + slot // fan_out * dout.row + n * dout.col, mask=n < N, other=0.0)
+        out = tl.load(dout.ptr + token * dout.row + n * dout.col, mask=n < N, other=0.0)
         acc += value.to(tl.float32) * out.to(tl.float32)
     tl.store(grad + slot, tl.sum(acc))
 

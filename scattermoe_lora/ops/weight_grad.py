@@ -20,7 +20,7 @@ from ..plan_table import plan_for
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
-from ._tile import Matrix, matrix
+from ._tile import Matrix, coefficients, matrix, row_of_slot
 from .gram import launch_gram
 from .grouped_mm import by_expert, grouped_gram
 from .lora import as_operand
@@ -199,11 +199,8 @@ def expert_bias_grad(
     width = dy.shape[1]
     out = dy.new_empty((routing.experts, width), dtype=torch.float32)
     pointers = dy.data_ptr() | routing.slots.data_ptr() | routing.offsets.data_ptr()
-    scale_form = None
-    if row_scale is not None:
-        row_scale = row_scale.reshape(-1)
-        scale_form = row_scale.dtype
-        pointers |= row_scale.data_ptr()
+    row_scale, scale_form, scale_pointer = coefficients(row_scale)
+    pointers |= scale_pointer
     fan_out = routing.fan_out(dy_order)
     by_expert = dy_order is RowOrder.EXPERT
     _bias_launch(by_expert, dy.dtype, dy.stride(), width, fan_out, scale_form)(
@@ -254,7 +251,7 @@ def expert_bias_grad_kernel(
         rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
         inside = rows < end
         slot = tl.load(slots + rows, mask=inside, other=0)
-        dy_rows = slot // fan_out
+        dy_rows = row_of_slot(slot, fan_out)
         if BY_EXPERT:
             dy_rows = rows
         ptrs = dy.ptr + dy_rows[:, None] * dy.row + n[None, :] * dy.col

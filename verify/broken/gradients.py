@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ..spec import Mutant
 
 _GRAM = "ops/gram.py"
+_PARTS = "ops/gram_parts.py"
 _RECOMPUTE = "ops/recompute.py"
 _WEIGHT_GRAD = "ops/weight_grad.py"
 
@@ -33,8 +34,8 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             id="lora_weight_grad-last-row",
             what="the last row of an expert is left out",
             file=_GRAM,
-            old="end = tl.load(offsets + expert + 1)",
-            new="end = tl.load(offsets + expert + 1) - 1",
+            old="end = tl.load(offsets + unit + 1)",
+            new="end = tl.load(offsets + unit + 1) - 1",
         ),
         Mutant(
             id="lora_weight_grad-gate",
@@ -51,27 +52,80 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             new="FIRST_P_BY_EXPERT, FIRST_Q_BY_EXPERT, PRECISION",
         ),
         Mutant(
+            id="lora_weight_grad-part-tail",
+            what="the last rows of an expert that is cut are no part",
+            file=_PARTS,
+            old="(rows + height - 1) // height",
+            new="rows // height",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-end",
+            what="the last part goes on into the next expert",
+            file=_PARTS,
+            old="tl.minimum(begin + height, last)",
+            new="begin + height",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-expert",
+            what="the first part of an expert is taken for one of the expert before",
+            file=_PARTS,
+            old="(ends <= part)",
+            new="(ends < part)",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-whole",
+            what="an expert of exactly as many rows as a part is neither cut nor whole",
+            file=_GRAM,
+            old="end - begin > height",
+            new="end - begin >= height",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-order",
+            what="the sums of parts of another expert are added",
+            file=_PARTS,
+            old="first = tl.sum(tl.where(bins < expert, parts, 0))",
+            new="first = tl.sum(tl.where(bins <= expert, parts, 0))",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-last",
+            what="the last part is not added",
+            file=_GRAM,
+            old="tl.int32) < parts",
+            new="tl.int32) < parts - 1",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-sums",
+            what="the sums of parts are kept in fp16",
+            file=_GRAM,
+            old="torch.empty(shape, dtype=torch.float32",
+            new="torch.empty(shape, dtype=torch.float16",
+        ),
+        Mutant(
+            id="lora_weight_grad-part-experts",
+            what="the last of the experts that are cut is forgotten",
+            file=_PARTS,
+            old="return Parts(height, routing.rows // height + experts, experts)",
+            new="return Parts(height, routing.rows // height + experts, max(experts // 2, 1))",
+        ),
+        Mutant(
             id="lora_weight_grad-second",
             what="programs of dB start one tile late",
             file=_GRAM,
-            old="second, program - programs, row_scale",
-            new="second, program - programs + 1, row_scale",
+            old="second, block, unit, parts, kept",
+            new="second, block + 1, unit, parts, kept",
         ),
         Mutant(
             id="lora_weight_grad-empty",
             what="experts without rows stay unwritten",
             file=_GRAM,
-            old="acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)",
-            new=(
-                "acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)\n    if begin "
-                "== end:\n        return"
-            ),
+            old="    elif end >= begin:\n",
+            new="    elif end > begin:\n",
         ),
         Mutant(
             id="lora_weight_grad-fan-out",
             what="rows of tokens are read by slot",
             file=_GRAM,
-            old="p_rows = slot // gram.p_fan_out",
+            old="p_rows = row_of_slot(slot, gram.p_fan_out)",
             new="p_rows = slot",
         ),
         Mutant(
@@ -111,15 +165,15 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_weight_grad-row-stride",
             what="rows of the gradient with the stride of columns",
             file=_GRAM,
-            old="p_col.to(tl.int64)[:, None] * out.row",
-            new="p_col.to(tl.int64)[:, None] * out.col",
+            old="p_col.to(tl.int64)[:, None] * gram.out_row",
+            new="p_col.to(tl.int64)[:, None] * gram.out_col",
         ),
         Mutant(
             id="expert_weight_grad-column-stride",
             what="columns of the gradient with the stride of rows",
             file=_GRAM,
-            old="q_col.to(tl.int64)[None, :] * out.col",
-            new="q_col.to(tl.int64)[None, :] * out.row",
+            old="q_col.to(tl.int64)[None, :] * gram.out_col",
+            new="q_col.to(tl.int64)[None, :] * gram.out_row",
         ),
         Mutant(
             id="expert_weight_grad-half-sum",
@@ -142,22 +196,22 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_weight_grad-expert",
             what="tiles of an expert go to another",
             file=_GRAM,
-            old="(program // (blocks_p * blocks_q))",
-            new="(program // blocks_p)",
+            old="unit = within // blocks",
+            new="unit = within // (blocks + 1)",
         ),
         Mutant(
             id="expert_weight_grad-column",
             what="column blocks counted by rows",
             file=_GRAM,
-            old="(program % blocks_q) * BLOCK_Q",
-            new="(program % blocks_p) * BLOCK_Q",
+            old="q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)\n    acc",
+            new="q_col = (block // blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)\n    acc",
         ),
         Mutant(
             id="expert_weight_grad-first-row",
             what="the first row of an expert is left out",
             file=_GRAM,
-            old="begin = tl.load(offsets + expert)\n",
-            new="begin = tl.load(offsets + expert) + 1\n",
+            old="begin = tl.load(offsets + unit)\n",
+            new="begin = tl.load(offsets + unit) + 1\n",
         ),
         Mutant(
             id="expert_weight_grad-stored",
@@ -221,7 +275,7 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_bias_grad-fan-out",
             what="rows of tokens are read by slot",
             file=_WEIGHT_GRAD,
-            old="dy_rows = slot // fan_out",
+            old="dy_rows = row_of_slot(slot, fan_out)",
             new="dy_rows = slot",
         ),
         Mutant(

@@ -49,7 +49,7 @@ PRODUCTS: Mapping[str, tuple[Mutant, ...]] = {
             what="one row past the end of the expert is written",
             file=_PRODUCT,
             old=(
-                "    y_rows = tile_rows(slots, row, end, 1, Y_BY_EXPERT, BLOCK_M)\n"
+                "    y_rows = tl.where(end > row, y_rows, 0)\n"
                 "    stored = (row + tl.arange(0, BLOCK_M) < end)"
             ),
             new=(
@@ -176,8 +176,8 @@ PRODUCTS: Mapping[str, tuple[Mutant, ...]] = {
             id="lora_forward-lora",
             what="the low-rank term is lost",
             file=_PRODUCT,
-            old="if left is not None:",
-            new="if False:",
+            old="if left is not None:\n        if EARLY:\n            # Always",
+            new="if False:\n        if EARLY:\n            # Always",
         ),
         Mutant(
             id="lora_forward-last-rank-step",

@@ -25,8 +25,8 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="group-fan-out",
             what="rows of tokens are read by slot",
             file=_ROWS,
-            old="x.ptr + slot // fan_out * x.row",
-            new="x.ptr + slot * x.row",
+            old="x_row = row_of_slot(slot, fan_out)",
+            new="x_row = slot",
         ),
         Mutant(
             id="group-gate",
@@ -60,8 +60,8 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="group-stride",
             what="columns of x with the stride of rows",
             file=_ROWS,
-            old="slot // fan_out * x.row + n * x.col",
-            new="slot // fan_out * x.row + n * x.row",
+            old="x_row * x.row + n * x.col",
+            new="x_row * x.row + n * x.row",
         ),
         Mutant(
             id="group-next-row",
@@ -141,8 +141,8 @@ ROWS: Mapping[str, tuple[Mutant, ...]] = {
             id="combine_grad-fan-out",
             what="dout by slot",
             file=_ROWS,
-            old="slot // fan_out * dout.row",
-            new="slot * dout.row",
+            old="token = row_of_slot(slot, fan_out)",
+            new="token = slot",
         ),
         Mutant(
             id="combine_grad-last-step",

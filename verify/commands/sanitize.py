@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
     parser.add_argument("--minutes", type=positive, help="start no batch after so long")
     parser.add_argument("--batch", type=count, default=100, help="launches per process")
+    parser.add_argument(
+        "--workers", type=count, metavar="N", help="processes; one per two cores, at most 8"
+    )
     parser.add_argument("--tree", type=Path, metavar="DIR", help="another copy of the package")
 
 
@@ -100,6 +104,7 @@ def main(arguments: argparse.Namespace) -> int:
         device=str(device),
         tree=str(tree) if arguments.tree else "",
         batch=arguments.batch,
+        processes=arguments.workers or min(8, max(1, (os.cpu_count() or 2) // 2)),
     )
     end = time.monotonic() + 60 * (arguments.minutes or 1e6)
     columns = (

@@ -124,7 +124,11 @@ def product_plans(
 
 
 def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPlan, ...]:
-    """Plans of a weight gradient [k_in, n_out]; rank 0 is that of the base."""
+    """Plans of a weight gradient [k_in, n_out]; rank 0 is that of the base.
+
+    Besides those of `plans_of` one whose parts are half of an even share, so that small cases have
+    experts that are cut and experts that are not.
+    """
     case = inputs.case
     widths = (case.k_in, case.n_out, rank)
     problem = lib.Problem(
@@ -139,7 +143,10 @@ def gradient_plans(lib: ModuleType, inputs: Inputs, rank: int) -> tuple[NamedPla
     )
     fits = submodule(lib, "ops._check").fits_grouped_mm(inputs["x"])
     fits = fits and all(width % 8 == 0 for width in widths)
-    return plans_of(lib, problem, inputs.device, grouped_mm=fits)
+    base = lib.choose(problem, lib.Device.of(inputs.device))
+    cut = replace(base, part_rows=max(16, case.rows // case.experts // 2))
+    plans = plans_of(lib, problem, inputs.device, grouped_mm=fits)
+    return (*plans, NamedPlan(path=cut.path.value, plan=cut))
 
 
 def only_default(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
