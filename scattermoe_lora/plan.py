@@ -16,9 +16,9 @@ that is named), for whoever looks further:
   Qwen3-30B 221 to 210 us at 2048 tokens, 499 to 471 at 8192. They have to pass through a select
   after the loop, or Triton stages them, and waits, before it.
 - An expert with half of the rows, summed in parts in dA and dB: 329 to 61 us for Qwen3-30B gate_up
-  at 2048 tokens, 402 to 140 at 8192; balanced routings pay 2 us. The two products one after the
-  other, not expert by expert: those keep X in L2 (136 us against 149).
-- Slots divided in 32 bits: 20 registers less in dA and dB, and no branches in their loop.
+  at 2048 tokens, 402 to 140 at 8192. Expert by expert instead of one product after the other,
+  balanced routings lost 8 to 10% at 8192 tokens.
+- Slots divided in 32 bits: 8 to 20 registers less in dA and dB, and no branches in their loop.
 - A K loop that the compiler cannot prove to run at least once: 25% slower, because ptxas serialises
   its wgmma (C7515).
 - Persistent programs, with and without flattened loops: within 4%, either way.

@@ -24,18 +24,12 @@ def routing_of(counts: list[int], device: torch.device) -> sm.Routing:
     return sm.Routing.from_top_k(ids.unsqueeze(1).to(device), len(counts))
 
 
-def gradients(
-    routing: sm.Routing, height: int, *, whole_numbers: bool = True, seed: int = 0
-) -> tuple[torch.Tensor, ...]:
-    """dA, dB and dW of drawn operands, with parts of `height` rows."""
-    generator = torch.Generator().manual_seed(seed)
+def gradients(routing: sm.Routing, height: int) -> tuple[torch.Tensor, ...]:
+    """dA, dB and dW of operands of small whole numbers, with parts of `height` rows."""
+    generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
-        if whole_numbers:
-            made = torch.randint(-3, 4, shape, generator=generator).float()
-        else:
-            made = torch.randn(shape, generator=generator)
-        return made.to(routing.device)
+        return torch.randint(-3, 4, shape, generator=generator).float().to(routing.device)
 
     x, dy = drawn(routing.tokens, WIDTH), drawn(routing.rows, OUT)
     xa, yb = drawn(routing.rows, RANK), drawn(routing.rows, RANK)
@@ -55,7 +49,7 @@ def gradients(
     plan = replace(sm.choose(problem, sm.Device.of(routing.device)), part_rows=height)
     orders = {"x_order": sm.RowOrder.TOKEN, "dy_order": sm.RowOrder.EXPERT}
     da, db = ops.lora_weight_grad(x, dy, xa, yb, lora, routing, **orders, plan=plan)
-    dw = ops.expert_weight_grad(x, dy, routing, **orders, plan=replace(plan, shrink=None))
+    dw = ops.expert_weight_grad(x, dy, routing, **orders, plan=plan)
     return da, db, dw
 
 
