@@ -7,7 +7,7 @@ import torch
 
 from verify.cases import CASES, Case
 from verify.inputs import DTYPES, make_inputs
-from verify.models import Arithmetic, Linear, Rounds
+from verify.models import Arithmetic, Linear, Rounds, weight_gradients
 from verify.numerics import Uncertain, matmul, rounding_variance, spacing, truncated_to_tf32
 from verify.references import GatedActivation, Groups, expert_linear, experts_mlp
 from verify.routings import RoutingKind
@@ -166,3 +166,35 @@ def test_rounding_of_an_operand_becomes_shared_error():
     by_hand = left.local @ right.value.double().square()
     torch.testing.assert_close(found.shared, by_hand)
     assert found.local.ndim == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("times", [1, 6])
+def test_variance_knows_that_equal_rows_err_alike(times, dtype):
+    """A token that chooses an expert m times adds m equal errors to its gradients: the sum errs
+    m^2 times as much in the square, not m times.
+    """
+    case = Case(
+        name="repeats", tokens=40, experts=2, top_k=times, k_in=24, n_out=20, rank=16,
+        target="SLOT", gradient="TOKEN", gated=True, routing=RoutingKind("repeated"),
+    )  # fmt: skip
+    inputs = make_inputs(case, dtype, "balanced", CPU)
+    gates = inputs["gates"][:, :1].expand(-1, times)
+    inputs = inputs.having(gates=gates)
+    groups = Groups.of(inputs["top_k_index"], case.experts)
+    model = weight_gradients(inputs, groups, Arithmetic())["db"].model
+    forward = Linear.forward(inputs, groups, Arithmetic())
+    gate = gates.reshape(-1)[groups.slots].double()[:, None]
+    low = forward.low_rank().value
+    error = (gate * low.to(dtype).double()).to(dtype).double() - gate * low
+    dy = inputs["dy"][groups.places("TOKEN")].double()
+    made = torch.stack([dy[rows].mT @ error[rows] for rows in groups.slices])
+    stored = rounding_variance(model.value, inputs.lora_dtype).sum()
+    ratio = float((made.square().sum() + stored) / model.variance.sum())
+    assert abs(ratio - 1) < 6 * (2 / (case.tokens * case.rank)) ** 0.5
+
+
+def test_rows_are_equal_where_a_token_chooses_an_expert_twice():
+    groups = Groups.of(torch.tensor([[0, 2, 0], [2, 1, 2], [0, 9, 9]]), 3)
+    assert groups.slots.tolist() == [0, 2, 6, 4, 1, 3, 5]
+    assert groups.repeats.tolist() == [2, 2, 1, 1, 1, 2, 2]

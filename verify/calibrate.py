@@ -27,7 +27,10 @@ from .specs.linear import LORA_FORWARD, LORA_INPUT_GRAD
 
 CPU = torch.device("cpu")
 _TILE = 64
-_KINDS = ("uniform", "zipf", "holes:30", "alternating", "boundary:32:0", "sentinels:20")
+_KINDS = (
+    *("uniform", "zipf", "holes:30", "alternating", "boundary:32:0", "sentinels:20"),
+    *("repeated", "last"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,12 @@ Rows are the kept rows in expert order; `Groups` places them.
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cases import Case
 from .inputs import Inputs
 from .numerics import Uncertain, column_sums, freedom, gram, routed_product
 from .references import Groups
@@ -45,7 +47,8 @@ class Linear:
     """One routed LoRA product: x [kept, K], weight [E, K, N], down [E, K, R], up [E, R, N], bias
     [E, N].
 
-    gates: [kept]. The input gradient is the same product of dy, the transposed weight and factors.
+    gates: [kept]. repeats: [kept], see `alike`. The input gradient is the same product of
+    dy, the transposed weight and factors.
     """
 
     groups: Groups
@@ -55,6 +58,7 @@ class Linear:
     up: Uncertain | None
     bias: Tensor | None
     gates: Tensor | None
+    repeats: Tensor
     scaling: float
     dtype: torch.dtype
     arithmetic: Arithmetic
@@ -73,6 +77,7 @@ class Linear:
             up=up.mT,
             bias=inputs.get("bias"),
             gates=None if gates is None else gates.reshape(-1)[groups.slots].double(),
+            repeats=alike(inputs.case, groups),
             scaling=inputs.scaling,
             dtype=inputs.dtype,
             arithmetic=arithmetic,
@@ -106,6 +111,7 @@ class Linear:
         """left^T right over the rows of each expert, as the tensor cores do it."""
         if self.arithmetic.tf32:
             left, right = left.truncated(), right.truncated()
+        left, right = (rows.alike(self.repeats[:, None]) for rows in (left, right))
         return gram(left, right, self.groups.slices)
 
     def low_rank(self) -> Uncertain:
@@ -166,13 +172,27 @@ class Linear:
         return y.times(Uncertain(gates, exact.local, rounding, exact.drift))
 
 
+class FactorGradient(NamedTuple):
+    """Gradient of a factor. freedom: degrees of freedom of its shared error, [E, R]. sources:
+    roundings behind the rank-R element of a row that it is made of.
+    """
+
+    model: Uncertain
+    freedom: Tensor
+    sources: int
+
+
+def alike(case: Case, groups: Groups) -> Tensor:
+    """How many rows of its expert equal each kept row in x and in dy, and so err alike: [kept]."""
+    if case.source == case.dy_order == "TOKEN":
+        return groups.repeats
+    return torch.ones_like(groups.slots)
+
+
 def weight_gradients(
     inputs: Inputs, groups: Groups, arithmetic: Arithmetic
-) -> dict[str, tuple[Uncertain, Tensor]]:
-    """da [E, R, K] = (g yb)^T x and db [E, N, R] = dy^T (g t) over the rows of each expert.
-
-    With each the degrees of freedom of its shared error, [E, R].
-    """
+) -> dict[str, FactorGradient]:
+    """da [E, R, K] = (g yb)^T x and db [E, N, R] = dy^T (g t) over the rows of each expert."""
     gates = inputs.get("gates")
     gates = None if gates is None else gates.reshape(-1)[groups.slots].double()
     once = replace(arithmetic, rounds=Rounds.ONCE)
@@ -182,9 +202,11 @@ def weight_gradients(
     step = inputs.dtype if arithmetic.rounds is Rounds.PER_STEP else None
     da, db = (found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b"))
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
+    narrowed = inputs.lora_dtype != inputs.dtype
+    case = inputs.case
     return {
-        "da": (da, _gram_freedom(yb, forward.x, groups)),
-        "db": (db, _gram_freedom(t, backward.x, groups)),
+        "da": FactorGradient(da, _gram_freedom(yb, forward.x, forward), 1 + narrowed * case.n_out),
+        "db": FactorGradient(db, _gram_freedom(t, backward.x, forward), 1 + narrowed * case.k_in),
     }
 
 
@@ -199,10 +221,16 @@ def gradients_of(forward: Linear, backward: Linear, gates: Tensor | None) -> dic
     return {"lora_a": forward.gram(yb, forward.x), "lora_b": forward.gram(backward.x, t)}
 
 
-def _gram_freedom(rounded: Uncertain, exact: Uncertain, groups: Groups) -> Tensor:
-    """Degrees of freedom of each line of rounded^T exact: [E, R]."""
+def _gram_freedom(rounded: Uncertain, exact: Uncertain, linear: Linear) -> Tensor:
+    """Degrees of freedom of each line of rounded^T exact: [E, R]; rows that err alike have those
+    of one.
+    """
     variance = rounded.variance.expand_as(rounded.value)
-    parts = [freedom(variance[rows].mT, exact.value[rows].double()) for rows in groups.slices]
+    parts = [
+        freedom(variance[rows].mT, exact.value[rows].double())
+        / max(linear.repeats[rows].tolist(), default=1)
+        for rows in linear.groups.slices
+    ]
     return torch.stack(parts)
 
 

@@ -150,6 +150,16 @@ class Uncertain:
             self.value.double() * factor, part(self.local), part(self.shared), part(self.drift)
         )
 
+    def alike(self, count: Tensor) -> "Uncertain":
+        """As a sum meets summands of which so many err alike: m equal errors have m^2 the variance
+        of one, m each.
+        """
+
+        def part(variance: Tensor) -> Tensor:
+            return variance if variance.ndim == 0 else variance * count
+
+        return Uncertain(self.value, part(self.local), part(self.shared), part(self.drift))
+
     def times(self, other: "Uncertain") -> "Uncertain":
         """Elementwise product; errors of the factors are taken as independent, to first order."""
         mine, theirs = _squares(self, other.value), _squares(other, self.value)

@@ -68,6 +68,13 @@ class Groups:
             return self.slots
         return torch.arange(self.slots.numel(), device=self.slots.device)
 
+    @property
+    def repeats(self) -> Tensor:
+        """How often the token of each kept row chooses its expert: int64 [kept]."""
+        choice = self.places("TOKEN") * self.experts + torch.repeat_interleave(self.counts)
+        _, group, times = choice.unique(return_inverse=True, return_counts=True)
+        return times[group]
+
     def spread(self, kept: Tensor, order: str) -> Tensor:
         """Kept rows [kept, ...] as [rows, ...] in SLOT or EXPERT order; dropped rows are zero."""
         full = kept.new_zeros((self.rows, *kept.shape[1:]))
@@ -214,4 +221,5 @@ def experts_mlp(
     act = activation(*activation.halves(h))
     y = projection("down", act, "EXPERT", "SLOT")
     gates = tensors["gates"].double()
-    return (y.view(groups.tokens, groups.top_k, -1) * gates[..., None]).sum(1)
+    choices = y.view(groups.tokens, groups.top_k, y.shape[1])
+    return (choices * gates[..., None]).sum(1)

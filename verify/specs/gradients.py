@@ -130,7 +130,7 @@ def _reference_lora_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str,
     groups = groups_of(inputs)
     truth: dict[str, Tensor] = {} if how.tf32 else _truth(inputs, "lora_a", "lora_b")
     expected = {}
-    for name, (model, freedom) in weight_gradients(inputs, groups, how).items():
+    for name, (model, freedom, sources) in weight_gradients(inputs, groups, how).items():
         value = truth.get(f"lora_{name[1]}", model.value)
         expected[name] = expert_expected(
             groups,
@@ -140,6 +140,7 @@ def _reference_lora_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str,
             terms={"lora": value},
             vector_dim=-1 if name == "da" else -2,
             freedom=freedom,
+            sources=sources,
         )
     return expected
 

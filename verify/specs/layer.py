@@ -158,7 +158,8 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
         weight_dy = dy.rounded(dtype)
         found["weight"] = forward.gram(forward.x, weight_dy).rounded(dtype)
         if forward.bias is not None:
-            found["bias"] = column_sums(dy, groups.slices).rounded(torch.float32).rounded(dtype)
+            sums = column_sums(dy.alike(forward.repeats[:, None]), groups.slices)
+            found["bias"] = sums.rounded(torch.float32).rounded(dtype)
         for part, model in found.items():
             expected[f"d{part}_{name}"] = expert_expected(
                 groups,

@@ -16,6 +16,7 @@ from ..inputs import Inputs
 from ..models import (
     Arithmetic,
     Linear,
+    alike,
     expert_bias_gradient,
     expert_weight_gradient,
     weight_gradients,
@@ -121,7 +122,7 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
         expected["dx"] = row_expected(
             inputs, groups, dx, case.source, truth=truth["dx"], freedom=backward.freedom()
         )
-    for name, (model, freedom) in weight_gradients(inputs, groups, how).items():
+    for name, (model, freedom, sources) in weight_gradients(inputs, groups, how).items():
         expected[name] = expert_expected(
             groups,
             model,
@@ -129,6 +130,7 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
             truth=truth[name],
             vector_dim=-1 if name == "da" else -2,
             freedom=freedom,
+            sources=sources,
         )
     dweight = expert_weight_gradient(inputs, groups, how)
     found = expert_expected(groups, dweight, inputs.dtype, truth=truth["dweight"])
@@ -172,6 +174,7 @@ def over_choices(
 ) -> Expected:
     """An output per token, summed over the rows [kept, width] of its choices and rounded."""
     case = inputs.case
+    rows = rows.alike(alike(case, groups)[:, None])
     slots = rows.rearranged(lambda part: groups.spread(part, "SLOT"))
     width = rows.value.shape[1]
     slots = slots.rearranged(lambda part: part.view(case.tokens, case.top_k, width))
