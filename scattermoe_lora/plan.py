@@ -261,6 +261,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
         )
     wide = problem.dtype.itemsize == 4
     descriptor = bool(problem.w_map) and device.has_descriptors
+    limit = tallest_tile(problem, device)
     if wide:
         return Tile(
             block_m=power_of_two(rows, low=16, high=64),
@@ -269,7 +270,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
             warps=4,
             stages=3,
         )
-    if rows > 64:
+    if min(rows, limit) > 64:
         tile = Tile(
             block_m=128,
             block_n=block_n_limit,
@@ -281,7 +282,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
         )
     else:
         tile = Tile(
-            block_m=power_of_two(rows, low=16, high=64),
+            block_m=power_of_two(rows, low=16, high=min(limit, 64)),
             block_n=block_n_limit,
             block_k=64,
             warps=4,
@@ -290,6 +291,18 @@ def product_tile(problem: Problem, device: Device) -> Tile:
             x_descriptor=descriptor,
         )
     return fit(tile, problem, device)
+
+
+def tallest_tile(problem: Problem, device: Device) -> int:
+    """Most rows of a tile of a routed product.
+
+    32 on sm_90 for a product with a low-rank term whose W comes through pointers. From 64 rows on
+    tiles are multiplied by wgmma, and the ptxas of Triton 3.6 (CUDA 12.8) gives some of those
+    kernels a wrong descriptor of their operand in shared memory, hence wrong results: seen with
+    widths of 1, 2, 3 and 17. `python -m verify compile` looks for such code.
+    """
+    doubtful = device.capability[0] == 9 and problem.dtype.itemsize == 2
+    return 32 if doubtful and problem.rank > 0 and not problem.w_map else max(ROW_TILES)
 
 
 def shrink_tile(problem: Problem, device: Device) -> Tile:
@@ -365,13 +378,15 @@ def fit(tile: Tile, problem: Problem, device: Device) -> Tile:
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     """Every plan worth trying for a problem, the heuristic's choice first; never empty.
 
-    Tiles vary around the choice and stay within the shared memory of the device.
+    Tiles vary around the choice and stay within the shared memory of the device; none has more
+    than 192 accumulators per thread.
     """
     base = choose(problem, device)
     plans = [base]
     plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
+    tallest = min(2 * _rows_per_expert(problem), tallest_tile(problem, device))
     for block_m in ROW_TILES:
-        if block_m <= 2 * _rows_per_expert(problem):
+        if block_m <= tallest:
             tile = fit(replace(base.tile, block_m=block_m), problem, device)
             plans.append(replace(base, tile=tile))
     if not device.interpreted:
@@ -395,6 +410,8 @@ def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]
         if block_n < 16 or stages < min(tile.stages, 2):
             continue
         varied = replace(tile, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
+        if varied.block_m * block_n > 192 * 32 * warps:
+            continue
         if fit(varied, problem, device) == varied:
             found.append(varied)
     return tuple(found)
@@ -407,6 +424,10 @@ def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:
         shrink = shrink_tile(problem, device)
     if path in (Path.FUSED, Path.RECOMPUTE):
         tile, gather = whole_rank_tile(tile, problem, device), False
+    if path is Path.FUSED:
+        # It takes W through pointers, whatever W allows.
+        limit = tallest_tile(problem._replace(w_map=""), device)
+        tile = replace(tile, block_m=min(tile.block_m, limit))
     return replace(plan, path=path, tile=tile, shrink=shrink, gather=gather)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from verify.ahead import serialised
+from verify.uniform_registers import misread
 
 pytestmark = [pytest.mark.correctness, pytest.mark.compile]
 
@@ -124,3 +125,30 @@ def test_products_that_wait_one_by_one_are_seen(waiting, expected):
     )
     ptx = "wgmma.mma_async.sync\n" * 2 + "wgmma.commit_group.sync.aligned;\n"
     assert serialised(sass, ptx) is expected
+
+
+SOUND = """
+    /*0040*/              ULDC.64 UR8, c[0x0][0x208] ;
+    /*0050*/              LDG.E R11, desc[UR8][R4.64+0x8] ;
+    /*0060*/              UIADD3 UR14, UP1, UR10, 0x2, URZ ;
+    /*0070*/              HGMMA.64x32x16.F32 R24, gdesc[UR12].tnspB, R24 ;
+    /*0080*/              HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR6], R24, gsb0 ;
+    /*0090*/              ULDC.64 UR8, c[0x0][0x240] ;
+    /*00a0*/              UIADD3 UR14, UP0, UR8, 0x40, URZ ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("sound", "wrong"),
+    [
+        ("UIADD3 UR14, UP1, UR10, 0x2, URZ", "UIADD3 UR14, UP0, UR8, 0x40, URZ"),
+        ("gdesc[UR12].tnspB", "gdesc[UR6].tnspB"),
+        ("gdesc[UR6], R24, gsb0", "gdesc[UR8], R24, gsb0"),
+    ],
+    ids=["base", "described", "left-in-registers"],
+)
+def test_a_register_that_ptxas_mistook_is_seen(sound, wrong):
+    """Global memory's pair of registers, read as if it described an operand in shared memory."""
+    assert misread(SOUND) == ()
+    (found,) = misread(SOUND.replace(sound, wrong))
+    assert wrong in found

@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from .uniform_registers import misread
+
 WARP = 32
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WARPGROUP = re.compile(r"\bHGMMA\b[^;]*")
@@ -82,6 +84,8 @@ class Compiled:
     dots: int = 0
     serialised: bool = False
     """Whether ptxas waits for every warpgroup product by itself (its remark C7510 or C7515)."""
+    misread: tuple[str, ...] = ()
+    """Instructions that take a wrong uniform register, see `uniform_registers`."""
 
     def as_json(self) -> dict[str, Any]:
         """What a baseline keeps; the size of the cubin is not compared."""
@@ -217,6 +221,7 @@ def _facts(kernel: Any, built: Any) -> Compiled:
         ptx=ptx,
         dots=built.asm["ttir"].count("tt.dot "),
         serialised=serialised(sass, ptx),
+        misread=misread(sass),
     )
 
 

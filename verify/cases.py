@@ -175,6 +175,8 @@ EDGES: tuple[Case, ...] = (
     _small("deep", k_in=512, n_out=33, tokens=24, experts=2, seed=3),
     _small("wide", k_in=40, n_out=300, tokens=20, experts=3),
     _small("columns", k_in=24, n_out=2120, tokens=5, experts=2, rank=4),
+    _small("odd-rows-one-expert", k_in=17, n_out=32, rank=64, tokens=40, experts=1, top_k=1),
+    _small("odd-rows-wide", k_in=17, n_out=128, rank=4, tokens=72, experts=1, top_k=1),
     _small("long-rows", k_in=2120, n_out=24, tokens=5, experts=2, rank=4, source="SLOT"),
     _small("strided", weight_layout="strided", x_layout="strided", bias=True),
     _small("offset", weight_layout="offset", x_layout="offset"),

@@ -336,6 +336,8 @@ def demands(job: Job, compiled: Compiled) -> list[str]:
         problems.append(f"has {compiled.dots} products but no tensor-core instruction")
     if compiled.serialised:
         problems.append("waits for every warpgroup product by itself, which costs up to a quarter")
+    if compiled.misread:
+        problems.append(f"computes nonsense: ptxas mistook a register in {compiled.misread[0]}")
     return problems
 
 

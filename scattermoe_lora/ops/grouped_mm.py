@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..routing import Routing, RowOrder
 
+_ROWS = torch.contiguous_format
+
 
 def grouped_product(
     x: Tensor,
@@ -48,9 +50,9 @@ def grouped_gram(p: Tensor, q: Tensor, routing: Routing) -> Tensor:
 
 
 def by_expert(x: Tensor, routing: Routing, order: RowOrder) -> Tensor:
-    """A contiguous copy of x in expert order; x itself where it has that order already."""
+    """A contiguous copy of x in expert order; x itself where it is one, at a 16-byte address."""
     if order is RowOrder.EXPERT:
-        return x.contiguous()
+        return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=_ROWS)
     return x.index_select(0, routing.slots // routing.fan_out(order))
 
 
@@ -74,4 +76,9 @@ def require_native(*operands: Tensor) -> None:
             raise ValueError(
                 "the grouped_mm path needs 16-byte strides, got shape "
                 f"{list(operand.shape)} with strides {list(operand.stride())}"
+            )
+        if operand.data_ptr() % 16:
+            raise ValueError(
+                "the grouped_mm path needs operands at multiples of 16 bytes, got one of shape "
+                f"{list(operand.shape)} {operand.data_ptr() % 16} bytes past one"
             )
