@@ -19,7 +19,7 @@ from verify.run import LEAST_SHARE
 from verify.spec import KernelSpec
 from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.layer import EXPERTS_MLP
-from verify.specs.linear import LORA_FORWARD
+from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
 from verify.specs.projection import EXPERT_LINEAR
 from verify.specs.rows import COMBINE
 
@@ -307,3 +307,34 @@ def test_rounding_alone_is_no_wrong_factor_however_wide_the_rows():
         assert compare("out", rounded, expected).ratio <= 1
         scaled = (expected.value * 1.0005).float().to(torch.bfloat16)
         assert compare("out", scaled, expected).ratio > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_roundings_of_outer_products_repeat(dtype):
+    """With K = 1 a result is a product of two numbers of few mantissas: its rounding comes again
+    in every row and column that has the same ones.
+    """
+    case = Case(name="outer", tokens=160, experts=6, top_k=4, k_in=1, n_out=763, rank=4)
+    for seed in range(6):
+        inputs = SCATTER2SCATTER.inputs(case, dtype, "balanced", CPU, seed=seed)
+        expected = SCATTER2SCATTER.reference(inputs, Arithmetic())["y"]
+        assert compare("y", expected.value.to(dtype), expected).ratio <= 1
+        scaled = (expected.value * 1.001).to(dtype)
+        assert compare("y", scaled, expected).ratio > 1
+
+
+def test_one_rounding_and_those_of_its_results_may_lean_the_same_way():
+    """t = 1.9922 was 1.9957 before it was rounded, and products with it are rounded down, too."""
+    case = Case(name="lean", tokens=1, experts=1, top_k=1, k_in=2, n_out=4096, rank=1, scaling=1.0)
+    inputs = LORA_WEIGHT_GRAD.inputs(case, torch.bfloat16, "balanced", CPU)
+    generator = torch.Generator().manual_seed(3)
+    dy = torch.randint(129, 256, (1, 4096), generator=generator) / 128
+    factor = torch.tensor([[[255 / 128, 0.0035]]])
+    inputs = inputs.having(
+        x=torch.ones(1, 2).bfloat16(), lora_a=factor.bfloat16(), dy=dy.bfloat16()
+    )
+    expected = LORA_WEIGHT_GRAD.reference(inputs, Arithmetic(saved=True))["db"]
+    got = (dy.mT * 255 / 128).bfloat16()[None]
+    assert (got.double() < expected.value).all()
+    assert compare("db", got, expected).ratio <= 1
+    assert compare("db", (got.float() * 0.98).bfloat16(), expected).ratio > 1

@@ -9,8 +9,8 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
                          with few degrees of freedom may vary as much as a chi-square of as many
     element              |error| / sqrt(variance) <= 16 (reported as `row`, with its column)
     slope                the factor fitted to each term is 1, and that of each likely fault 0,
-                         within 6 of its standard deviations; of a row's roundings 1024 are
-                         independent
+                         within 6 of its standard deviations; roundings of products of few
+                         different numbers repeat
     exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0,
     exact mode
 """
@@ -33,8 +33,6 @@ _UNIFORM = 3.0  # largest square of a rounding error over its variance
 _LEAST_ELEMENTS = 32
 _ELEMENT = 16.0
 _SLOPE = 6.0
-_DIFFERENT = 1024
-"""So many roundings of a row are independent: products of 16-bit numbers with one gate repeat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,12 +202,14 @@ class _Errors:
 
         Shared errors: the bound of Laurent and Massart on a chi-square, or, if lower, every one
         of the
-        `sources` roundings as large as it can be and all of them parallel.
+        `sources` roundings as large as it can be and all of them parallel. Where one rounding
+        decides, those of the results may lean the same way: then the two errors add up.
         """
         limit = (_GROUP + _GROUP_SPREAD / count.double().sqrt()).square()
         chi_square = 1 + 2 * (_RARE / freedom).sqrt() + 2 * _RARE / freedom
         together = torch.maximum(limit, torch.minimum(chi_square, _UNIFORM * sources))
-        return energy[0] * limit + energy[1] * together
+        alone, common = energy[0] * limit, energy[1] * together
+        return alone + common + 2 * (alone * common).sqrt() / torch.maximum(freedom, sources)
 
     def _group(self, measure: str, owner: Tensor, groups: int) -> Comparison:
         """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
@@ -295,7 +295,10 @@ class _Errors:
     def _slope_limit(self, influence: Tensor) -> float:
         size = influence.abs()
         alone = float((influence.square() * (self.independent - self.drift)).sum())
-        alone *= max(1.0, size.shape[1] / _DIFFERENT)
+        # The rounding of a product depends on two mantissas: in a line or column that shares a
+        # factor there are as many different ones as the type has mantissas.
+        mantissas = 1 / torch.finfo(self.expected.dtype).eps
+        alone *= max(1.0, size.shape[1] / mantissas) * max(1.0, size.shape[0] / mantissas)
         pull = (size * self.shared.sqrt()).sum(1)
         if self.expected.coupled == "expert":
             groups = int(self.labels.max()) + 1

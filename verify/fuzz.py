@@ -39,8 +39,8 @@ _STILLBORN = 5
 class Settings:
     """What a campaign is, as resumed ones take it from its directory.
 
-    devices: one per group of workers. patience: seconds that one launch may take, its compilation
-    included.
+    devices: one per group of workers. patience: seconds that one launch may take, and compiling one
+    of its kernels.
     tree: directory of another copy of the package, or empty.
     """
 
@@ -278,6 +278,8 @@ class Campaign:
                 self._learn(message["hello"])
             elif message["id"] != process.number:
                 continue
+            elif "compiled" in message:
+                process.wait_again()
             elif "launch" in message:
                 process.launched = Draw.from_json(message["launch"])
             else:

@@ -1,8 +1,9 @@
 """A process that runs draws one after another, as it is told by JSON lines on its standard input.
 
 It answers on its standard output: first {"hello": facts}, then per draw {"id", "launch"} before and
-{"id", "done"} after it. Before each launch a line is in the journal. When the device is beyond use,
-the answer says "fatal" and the process ends. What kernels print goes to standard error.
+{"id", "done"} after it, and {"id", "compiled"} whenever a kernel was. Before each launch a line is
+in the journal. When the device is beyond use, the answer says "fatal" and the process ends. What
+kernels print goes to standard error.
 """
 
 import argparse
@@ -197,6 +198,8 @@ def main() -> int:
     prepare_interpreter("cpu" if arguments.device == "cpu" else arguments.device)
     if arguments.device == "cpu":
         torch.set_num_threads(1)
+    from triton import knobs
+
     from .specs import KERNELS
 
     wanted = [name for name in arguments.kernels.split(",") if name]
@@ -208,9 +211,16 @@ def main() -> int:
         answers=answers,
         bench=Workbench(),
     )
+    number = 0
+
+    def compiled(**facts: object) -> None:
+        worker.answer(id=number, compiled=str(facts["repr"]).partition("[")[0])
+
+    knobs.runtime.jit_post_compile_hook = compiled
     worker.answer(hello=worker.facts(pools=arguments.pools))
     for line in sys.stdin:
         message = json.loads(line)
+        number = message["id"]
         if not worker.run(message["id"], Draw.from_json(message["draw"])):
             return 3
         if message["id"] % _SHARING == 0:

@@ -279,7 +279,11 @@ def _gathered(
 
 def _squares(x: Uncertain, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     square = slope.square()
-    return x.local * square, x.shared * square, x.drift * square
+
+    def part(variance: Tensor) -> Tensor:
+        return variance if variance.ndim == 0 else variance * square
+
+    return part(x.local), part(x.shared), part(x.drift)
 
 
 def _carried(variance: Tensor, square: Tensor) -> Tensor:
@@ -311,8 +315,7 @@ def elementwise(
     value = value.detach()
     parts = [_squares(operand, slope) for operand, slope in zip(operands, slopes, strict=True)]
     local, shared, drift = (
-        torch.stack([torch.as_tensor(part[i]).expand_as(value) for part in parts]).sum(0)
-        for i in range(3)
+        sum((part[i] for part in parts[1:]), start=parts[0][i]) for i in range(3)
     )
     size = value if scale is None else scale
     return Uncertain(value, local, shared, drift + (_FUNCTION_EPSILON * size).square())

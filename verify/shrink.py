@@ -28,8 +28,9 @@ _NEEDS_DISTINCT = frozenset({"uniform", "zipf", "power", "sentinels", "all"})
 
 
 def possible(case: Case) -> bool:
-    """Whether the routing of a case can be drawn."""
-    return case.routing.name not in _NEEDS_DISTINCT or case.top_k <= case.experts
+    """Whether the routing of a case can be drawn, and is one that the package takes."""
+    distinct = case.routing.name in _NEEDS_DISTINCT or not case.drops
+    return case.top_k <= case.experts or not distinct
 
 
 def simpler(case: Case) -> Iterator[Case]:

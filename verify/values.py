@@ -24,7 +24,9 @@ _HUGE: Mapping[torch.dtype, tuple[int, int]] = {
     torch.bfloat16: (122, -16),
     torch.float32: (122, -16),
 }
-"""Exponents of the huge operand and of the other one, so that sums of products stay finite."""
+"""Exponents of the huge operand and of the other one, so that sums of products stay finite with a
+scaling of at most 2; with a larger one the operand is as much smaller.
+"""
 
 
 def valued(
@@ -40,6 +42,8 @@ def valued(
     elif kind in ("tiny", "huge"):
         other = {"x": "dy", "dy": "x"}[operand]
         own, others = _HUGE[dtype] if kind == "huge" else (_tiny(dtype), 0)
+        if kind == "huge":
+            own -= max(0, math.ceil(math.log2(abs(case.scaling))) - 1)
         found[operand] = found[operand] * 2.0**own
         found[other] = found[other] * 2.0**others
         found["bias"] = found["bias"] * 2.0 ** (own if operand == "x" else others)

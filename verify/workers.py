@@ -50,6 +50,7 @@ class Process:
     number: int = 0
     draw: Draw | None = None
     launched: Draw | None = None
+    patience: float = float("inf")
     deadline: float = float("inf")
     ready: bool = False
     ended: bool = False
@@ -80,16 +81,23 @@ class Process:
         return self.ready and self.draw is None and not self.ended
 
     def tell(self, number: int, draw: Draw, *, patience: float) -> None:
-        """Hand it a draw, for which it has `patience` seconds."""
+        """Hand it a draw, which it has `patience` seconds to run, and as many for every kernel that
+        it compiles on the way.
+        """
         assert self.popen.stdin is not None
         self.number, self.draw, self.launched = number, draw, None
-        self.deadline = time.monotonic() + patience
+        self.patience = patience
+        self.wait_again()
         line = json.dumps({"id": number, "draw": draw.as_json()}) + "\n"
         try:
             self.popen.stdin.write(line.encode())
             self.popen.stdin.flush()
         except BrokenPipeError:
             self.ended = True
+
+    def wait_again(self) -> None:
+        """Give it its time anew."""
+        self.deadline = time.monotonic() + self.patience
 
     def read(self) -> list[dict[str, Any]]:
         """What it said since; `ended` is set at the end of its output."""

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patience",
         type=positive,
-        help="seconds after which a launch counts as hung (30)",
+        help="seconds after which a launch, or compiling a kernel, counts as hung (30)",
     )
     parser.add_argument(
         "--shrink-seconds", type=positive, help="how long each finding is shrunk (60)"
