@@ -181,3 +181,14 @@ def test_what_is_not_native_is_refused(operand):
     with pytest.raises(ValueError, match="needs bfloat16 on CUDA, got"):
         grouped_mm.require_native(operand)
     assert not _check.fits_grouped_mm(operand[0])
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_rows_in_expert_order_are_copied_only_from_a_bad_address(t, start):
+    """torch._grouped_mm takes addresses that are multiples of 16 bytes, and raises on others."""
+    storage = torch.arange(ROWS * 8 + 8, dtype=torch.bfloat16)
+    x = storage[start : start + ROWS * 8].view(ROWS, 8)
+    found = grouped_mm.by_expert(x, t["routing"], EXPERT)
+    assert found.data_ptr() % 16 == 0
+    assert torch.equal(found, x)
+    assert (found.data_ptr() == x.data_ptr()) == (start == 0)
