@@ -32,6 +32,10 @@ _EXACT_TERMS = 16  # products per element of X W and X A^T that are not zero
 _EXACT_RANKS = 4  # ranks per element of (X A^T) B^T that are not zero
 
 
+def _lora_dtype(case: Case, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if case.lora_dtype == "float32" else dtype
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """The tensors of one case in one dtype.
@@ -65,7 +69,12 @@ class Inputs:
     @property
     def lora_dtype(self) -> torch.dtype:
         """Storage type of the adapter."""
-        return self.tensors["lora_a"].dtype
+        return _lora_dtype(self.case, self.dtype)
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether kernels round the adapter before they multiply with it."""
+        return self.lora_dtype != self.dtype
 
     def only(self, *names: str) -> "Inputs":
         """With the tensors of these names alone."""
@@ -109,7 +118,7 @@ def make_inputs(
         del tensors["bias"]
     if not case.gated:
         del tensors["gates"]
-    lora_dtype = torch.float32 if case.lora_dtype == "float32" else dtype
+    lora_dtype = _lora_dtype(case, dtype)
     for name, value in tensors.items():
         stored = lora_dtype if name.startswith("lora") else dtype
         tensors[name] = value.to(torch.float32 if name == "gates" else stored)

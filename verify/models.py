@@ -202,8 +202,7 @@ def weight_gradients(
     step = inputs.dtype if arithmetic.rounds is Rounds.PER_STEP else None
     da, db = (found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b"))
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
-    narrowed = inputs.lora_dtype != inputs.dtype
-    case = inputs.case
+    narrowed, case = inputs.narrowed, inputs.case
     return {
         "da": FactorGradient(da, _gram_freedom(yb, forward.x, forward), 1 + narrowed * case.n_out),
         "db": FactorGradient(db, _gram_freedom(t, backward.x, forward), 1 + narrowed * case.k_in),
@@ -259,7 +258,7 @@ def _gated_rows(rows: Uncertain, gates: Tensor | None, dtype: torch.dtype) -> Un
 def _factors(inputs: Inputs) -> tuple[Uncertain, Uncertain]:
     """A and B as the kernels read them: fp32 factors are rounded to the activations' type."""
     factors = [Uncertain.exact(inputs[name]) for name in ("lora_a", "lora_b")]
-    if inputs.lora_dtype != inputs.dtype:
+    if inputs.narrowed:
         factors = [_read_as(factor, inputs.dtype) for factor in factors]
     a, b = factors
     return a, b

@@ -141,24 +141,13 @@ class Uncertain:
 
     def scaled(self, factor: float | Tensor) -> "Uncertain":
         """Times an exact factor."""
-        square = factor * factor
-
-        def part(variance: Tensor) -> Tensor:
-            return variance if variance.ndim == 0 else variance * square
-
-        return Uncertain(
-            self.value.double() * factor, part(self.local), part(self.shared), part(self.drift)
-        )
+        return Uncertain(self.value.double() * factor, *_times(self, factor * factor))
 
     def alike(self, count: Tensor) -> "Uncertain":
         """As a sum meets summands of which so many err alike: m equal errors have m^2 the variance
         of one, m each.
         """
-
-        def part(variance: Tensor) -> Tensor:
-            return variance if variance.ndim == 0 else variance * count
-
-        return Uncertain(self.value, part(self.local), part(self.shared), part(self.drift))
+        return Uncertain(self.value, *_times(self, count))
 
     def times(self, other: "Uncertain") -> "Uncertain":
         """Elementwise product; errors of the factors are taken as independent, to first order."""
@@ -277,13 +266,14 @@ def _gathered(
     return Uncertain(value, *variances)
 
 
-def _squares(x: Uncertain, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    square = slope.square()
+def _squares(x: Uncertain, slope: Tensor) -> tuple[Tensor, ...]:
+    return _times(x, slope.square())
 
-    def part(variance: Tensor) -> Tensor:
-        return variance if variance.ndim == 0 else variance * square
 
-    return part(x.local), part(x.shared), part(x.drift)
+def _times(x: Uncertain, factor: float | Tensor) -> tuple[Tensor, ...]:
+    """The variances of x times a factor; those of an exact tensor stay the scalar zero."""
+    parts = (x.local, x.shared, x.drift)
+    return tuple(part if part.ndim == 0 else part * factor for part in parts)
 
 
 def _carried(variance: Tensor, square: Tensor) -> Tensor:

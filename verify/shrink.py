@@ -23,14 +23,15 @@ _PLAIN: Mapping[str, Any] = {
     "scaling": 1.0,
     "seed": 0,
 }
-_NEEDS_DISTINCT = frozenset({"uniform", "zipf", "power", "sentinels", "all"})
-"""Kinds of routing whose tokens choose different experts: top_k cannot exceed the experts."""
+_ANY_TOP_K = "all-sentinels"
+"""The kind of routing whose top_k may exceed the experts; the package refuses it of the others, and
+those that drop some slots draw different experts.
+"""
 
 
 def possible(case: Case) -> bool:
     """Whether the routing of a case can be drawn, and is one that the package takes."""
-    distinct = case.routing.name in _NEEDS_DISTINCT or not case.drops
-    return case.top_k <= case.experts or not distinct
+    return case.top_k <= case.experts or case.routing.name == _ANY_TOP_K
 
 
 def simpler(case: Case) -> Iterator[Case]:

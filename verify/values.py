@@ -41,9 +41,7 @@ def valued(
         found |= _scaled(found, case, dtype, top_k_index)
     elif kind in ("tiny", "huge"):
         other = {"x": "dy", "dy": "x"}[operand]
-        own, others = _HUGE[dtype] if kind == "huge" else (_tiny(dtype), 0)
-        if kind == "huge":
-            own -= max(0, math.ceil(math.log2(abs(case.scaling))) - 1)
+        own, others = _huge(dtype, case.scaling) if kind == "huge" else (_tiny(dtype), 0)
         found[operand] = found[operand] * 2.0**own
         found[other] = found[other] * 2.0**others
         found["bias"] = found["bias"] * 2.0 ** (own if operand == "x" else others)
@@ -62,6 +60,12 @@ def poisoned(rows: Tensor) -> Tensor:
         rows[3 % count, width // 2] = -torch.inf
         rows[0, -1] = torch.nan
     return rows
+
+
+def _huge(dtype: torch.dtype, scaling: float) -> tuple[int, int]:
+    """The exponents of _HUGE, with a large scaling taken off the huge operand."""
+    own, others = _HUGE[dtype]
+    return own - max(0, math.ceil(math.log2(abs(scaling))) - 1), others
 
 
 def _tiny(dtype: torch.dtype) -> int:

@@ -176,9 +176,8 @@ def row_expected(
     """
     placed = model.rearranged(lambda part: groups.spread(part, target))
     labels = groups.labels(target)
-    rounded_adapter = inputs.lora_dtype != inputs.dtype
     count = torch.full_like(labels, inputs.case.rank if sources is None else sources)
-    roundings = count * (1 + inputs.case.k_in + inputs.case.n_out) if rounded_adapter else count
+    roundings = count * (1 + inputs.case.k_in + inputs.case.n_out) if inputs.narrowed else count
     return Expected(
         value=placed.value if truth is None else truth,
         model=placed,
@@ -188,7 +187,7 @@ def row_expected(
         freedom=count.double() if freedom is None else groups.spread(freedom, target),
         zero=labels == groups.experts,
         terms=terms or {},
-        coupled="expert" if rounded_adapter else "vector",
+        coupled="expert" if inputs.narrowed else "vector",
     )
 
 

@@ -180,7 +180,6 @@ def over_choices(
     slots = slots.rearranged(lambda part: part.view(case.tokens, case.top_k, width))
     model = summed(slots, 1).rounded(dtype)
     owner = torch.zeros(case.tokens, dtype=torch.int64, device=inputs.device)
-    narrowed = case.lora_dtype == "float32" and dtype != torch.float32
     # How parallel the roundings of the operands of top_k rows are is not followed here.
     sources = torch.full_like(owner, case.k_in * case.top_k)
     return Expected(
@@ -191,7 +190,7 @@ def over_choices(
         sources=sources,
         freedom=torch.ones_like(sources, dtype=torch.float64),
         zero=torch.zeros_like(owner, dtype=torch.bool),
-        coupled="expert" if narrowed else "vector",
+        coupled="expert" if inputs.narrowed else "vector",
     )
 
 
