@@ -261,7 +261,7 @@ def product_tile(problem: Problem, device: Device) -> Tile:
         )
     wide = problem.dtype.itemsize == 4
     descriptor = bool(problem.w_map) and device.has_descriptors
-    limit = tallest_tile(problem, device)
+    limit = tallest_tile(problem.dtype, problem.rank, device, mapped=descriptor)
     if wide:
         return Tile(
             block_m=power_of_two(rows, low=16, high=64),
@@ -293,16 +293,32 @@ def product_tile(problem: Problem, device: Device) -> Tile:
     return fit(tile, problem, device)
 
 
-def tallest_tile(problem: Problem, device: Device) -> int:
-    """Most rows of a tile of a routed product.
+def tallest_tile(dtype: torch.dtype, rank: int, device: Device, *, mapped: bool) -> int:
+    """Most rows of a tile of a routed product with a low-rank term, or with rank 0 without one.
 
-    32 on sm_90 for a product with a low-rank term whose W comes through pointers. From 64 rows on
-    tiles are multiplied by wgmma, and the ptxas of Triton 3.6 (CUDA 12.8) gives some of those
+    mapped: W comes through a tensor map. 32 on sm_90 where it comes through pointers: from 64 rows
+    on tiles are multiplied by wgmma, and the ptxas of Triton 3.6 (CUDA 12.8) gives some of those
     kernels a wrong descriptor of their operand in shared memory, hence wrong results: seen with
     widths of 1, 2, 3 and 17. `python -m verify compile` looks for such code.
     """
-    doubtful = device.capability[0] == 9 and problem.dtype.itemsize == 2
-    return 32 if doubtful and problem.rank > 0 and not problem.w_map else max(ROW_TILES)
+    doubtful = device.capability[0] == 9 and dtype.itemsize == 2
+    return 32 if doubtful and rank > 0 and not mapped else max(ROW_TILES)
+
+
+def check_height(plan: Plan, dtype: torch.dtype, rank: int, device: Device) -> None:
+    """Refuse a stated plan of a LoRA product whose tile is too tall to be compiled right.
+
+    Raises:
+        ValueError: the tile has more rows than `tallest_tile` allows.
+    """
+    if plan.path not in (Path.EPILOGUE, Path.FUSED):
+        return
+    limit = tallest_tile(dtype, rank, device, mapped=plan.tile.descriptor)
+    if plan.tile.block_m > limit:
+        raise ValueError(
+            f"the plan has {plan.tile.block_m} rows per tile, but a LoRA product of {dtype} on "
+            f"{device.name} that loads W through pointers is compiled right with at most {limit}"
+        )
 
 
 def shrink_tile(problem: Problem, device: Device) -> Tile:
@@ -384,7 +400,9 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     base = choose(problem, device)
     plans = [base]
     plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
-    tallest = min(2 * _rows_per_expert(problem), tallest_tile(problem, device))
+    mapped = base.tile.descriptor
+    limit = tallest_tile(problem.dtype, problem.rank, device, mapped=mapped)
+    tallest = min(2 * _rows_per_expert(problem), limit)
     for block_m in ROW_TILES:
         if block_m <= tallest:
             tile = fit(replace(base.tile, block_m=block_m), problem, device)
@@ -422,12 +440,11 @@ def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:
     shrink, tile, gather = plan.shrink, plan.tile, plan.gather
     if path in (Path.EPILOGUE, Path.SPLIT) and shrink is None:
         shrink = shrink_tile(problem, device)
+    if path is Path.FUSED:
+        limit = tallest_tile(problem.dtype, problem.rank, device, mapped=False)
+        tile = replace(tile, block_m=min(tile.block_m, limit))
     if path in (Path.FUSED, Path.RECOMPUTE):
         tile, gather = whole_rank_tile(tile, problem, device), False
-    if path is Path.FUSED:
-        # It takes W through pointers, whatever W allows.
-        limit = tallest_tile(problem._replace(w_map=""), device)
-        tile = replace(tile, block_m=min(tile.block_m, limit))
     return replace(plan, path=path, tile=tile, shrink=shrink, gather=gather)
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from verify import mutants
+from verify.broken import BY_HAND
 from verify.commands.common import source_directory
 from verify.mutation_host import OPERATORS
 from verify.mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits
@@ -153,8 +154,19 @@ def test_reasons_of_equivalent_mutants_are_few_and_of_mutants_that_exist(generat
     assert all(len(reason.split()) >= 5 for reason in EQUIVALENT.values())
 
 
+def test_what_only_the_interpreter_sees_is_tried_there_and_counts_nowhere_on_a_gpu():
+    made = {
+        device: {c.id for c in mutants.by_hand(source_directory(), SPECS.values(), device)
+                 if not c.equivalent}
+        for device in ("cpu", "cuda")
+    }  # fmt: skip
+    unseen = {m.id for found in BY_HAND.values() for m in found if m.unseen_on_gpu}
+    assert made["cpu"] - made["cuda"] == unseen == {"expert_weight_grad-p-tail"}
+    assert made["cuda"] < made["cpu"]
+
+
 def test_a_sample_is_seeded_and_keeps_what_was_made_by_hand(generated):
-    by_hand = list(mutants.by_hand(source_directory(), SPECS.values()))
+    by_hand = list(mutants.by_hand(source_directory(), SPECS.values(), "cpu"))
     every = [*by_hand, *generated]
     first, again = (mutants.sample(every, per_kernel=2, seed=3) for _ in range(2))
     assert [c.id for c in first] == [c.id for c in again]

@@ -11,7 +11,15 @@ import torch
 import scattermoe_lora as sm
 from scattermoe_lora import plan_table
 from scattermoe_lora._syntax import device_code
-from scattermoe_lora.plan import INTERPRETER, PATHS, fit, stage_bytes, variations, with_path
+from scattermoe_lora.plan import (
+    INTERPRETER,
+    PATHS,
+    check_height,
+    fit,
+    stage_bytes,
+    variations,
+    with_path,
+)
 
 pytestmark = pytest.mark.correctness
 HOPPER = sm.Device(
@@ -290,6 +298,32 @@ def test_low_rank_products_through_pointers_stay_below_wgmma_on_sm_90(rows, dtyp
     newer = replace(HOPPER, capability=(10, 0))
     assert max(plan.tile.block_m for plan in sm.candidates(asked, newer)) >= tallest
     assert (tallest > 32) == (rows > 64)
+
+
+@pytest.mark.parametrize("path", [sm.Path.EPILOGUE, sm.Path.FUSED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stated_plan_that_would_be_compiled_wrongly_is_refused(path, dtype):
+    """A tile of 64 rows over pointers; 32 rows, a tensor map, no LoRA, and other GPUs are taken."""
+    asked = problem(dtype=dtype, w_map="")
+    right = with_path(sm.choose(asked, HOPPER), path, asked, HOPPER)
+    check_height(right, dtype, 16, HOPPER)
+    tall = replace(right, tile=replace(right.tile, block_m=64))
+    words = "64 rows per tile.*H100.*through pointers is compiled right with at most 32"
+    with pytest.raises(ValueError, match=words):
+        check_height(tall, dtype, 16, HOPPER)
+    check_height(tall, dtype, 0, HOPPER)
+    check_height(tall, dtype, 16, SMALL)
+    check_height(tall, torch.float32, 16, HOPPER)
+    check_height(replace(tall, path=sm.Path.SPLIT), dtype, 16, HOPPER)
+    check_height(replace(tall, tile=replace(tall.tile, descriptor=True)), dtype, 16, HOPPER)
+
+
+@pytest.mark.parametrize("layout", ["", "nk"])
+@pytest.mark.parametrize("rank", [1, 16, 128])
+def test_no_candidate_is_refused(layout, rank):
+    asked = problem(w_map=layout, rank=rank)
+    for plan in sm.candidates(asked, HOPPER):
+        check_height(plan, asked.dtype, rank, HOPPER)
 
 
 def test_a_bucket_is_a_model_size_and_powers_of_two():

@@ -70,8 +70,8 @@ class Candidate:
         )
 
 
-def by_hand(package: Path, kernels: Iterable[KernelSpec]) -> Iterator[Candidate]:
-    """The mutants that the specs list; those that are stale are left out."""
+def by_hand(package: Path, kernels: Iterable[KernelSpec], device: str) -> Iterator[Candidate]:
+    """The mutants that the specs list; those that are stale are left out. device: cpu or cuda."""
     for spec in kernels:
         for mutant in (*spec.mutants, *BY_HAND.get(spec.name, ())):
             old = (package / mutant.file).read_text()
@@ -87,7 +87,7 @@ def by_hand(package: Path, kernels: Iterable[KernelSpec]) -> Iterator[Candidate]
                 diff=unified_diff(mutant.file, old, new),
                 checks=(spec.name,),
                 by_hand=True,
-                equivalent=mutant.equivalent,
+                equivalent=mutant.equivalent or (mutant.unseen_on_gpu if device == "cuda" else ""),
             )
 
 

@@ -57,7 +57,8 @@ def describe_field(value: Any) -> str:
 class Mutant:
     """A wrong kernel: in `file` of the package, `old` (found exactly once) becomes `new`.
 
-    `what` says what is broken. equivalent: why no check could see it, or empty.
+    `what` says what is broken. equivalent: why no check could see it, or empty. unseen_on_gpu: why
+    none does on a GPU, where one in the interpreter does.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Mutant:
     old: str
     new: str
     equivalent: str = ""
+    unseen_on_gpu: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

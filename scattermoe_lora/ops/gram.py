@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._launch import Launch
 from .._row_tiles import group_bins
-from .._sizes import ceil_div
+from .._sizes import ceil_div, power_of_two
 from ..plan import Plan, Precision, Tile
 from ..routing import Routing, RowOrder
 from ._tile import coefficients, row_of_slot
@@ -26,6 +26,8 @@ from .gram_parts import cut_expert, part_rows, parts_of
 
 LOADS = tl.constexpr(4)
 """Sums of parts that are asked for at once."""
+_ADDED_PER_WARP = 1024
+"""Sums of one part that a warp holds: LOADS of them and their total stay in registers."""
 
 
 Product = tuple[Tensor, RowOrder, Tensor, RowOrder, Tensor]
@@ -52,6 +54,15 @@ class Gram(NamedTuple):
     q_fan_out: Any
     width: Any
     columns: Any
+
+
+@triton.jit
+def tile_columns(gram, block, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The columns of p and of q whose products are block `block` of out[e]."""
+    blocks_q = tl.cdiv(gram.columns, BLOCK_Q)
+    p_col = (block // blocks_q) * BLOCK_P + tl.arange(0, BLOCK_P)
+    q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return p_col, q_col
 
 
 @triton.jit
@@ -94,9 +105,7 @@ def gram_tile(
 
     A part's goes to tile `kept` of sums, an expert's to out; nothing is written where end < begin.
     """
-    blocks_q = tl.cdiv(gram.columns, BLOCK_Q)
-    p_col = (block // blocks_q) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p_col, q_col = tile_columns(gram, block, BLOCK_P, BLOCK_Q)
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for row in range(begin, end, BLOCK_M):
         rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -193,9 +202,7 @@ def store_added(
             ptrs = sums_ptrs(sums, kept + part * blocks, BLOCK_P, BLOCK_Q)
             there = tl.full((BLOCK_P, BLOCK_Q), part, tl.int32) < parts
             acc += tl.load(ptrs, mask=there, other=0.0)
-    blocks_q = tl.cdiv(gram.columns, BLOCK_Q)
-    p_col = (block // blocks_q) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    p_col, q_col = tile_columns(gram, block, BLOCK_P, BLOCK_Q)
     store_tile(gram, expert, p_col, q_col, acc)
 
 
@@ -261,39 +268,18 @@ def launch_gram(
         shape = (cut.parts, blocks, tile.block_k, tile.block_n)
         sums = torch.empty(shape, dtype=torch.float32, device=device)
     height, parts, cut_experts = cut or (0, 0, 0)
+    sizes = (first_blocks, second_blocks, experts, parts, height)
     _launch(tile, plan.precision, experts if cut else 0, scale_form, *forms)(
         ((experts + parts) * blocks, 1, 1),
         device,
-        (
-            first,
-            second,
-            row_scale,
-            routing.slots,
-            routing.offsets,
-            sums,
-            first_blocks,
-            second_blocks,
-            experts,
-            parts,
-            height,
-        ),
+        (first, second, row_scale, routing.slots, routing.offsets, sums, *sizes),
         pointers,
     )
     if cut is not None:
         _add_launch(tile, experts, *forms)(
             (max(cut_experts, 1) * blocks, 1, 1),
             device,
-            (
-                first,
-                second,
-                sums,
-                routing.offsets,
-                first_blocks,
-                second_blocks,
-                experts,
-                parts,
-                height,
-            ),
+            (first, second, sums, routing.offsets, *sizes),
             pointers,
         )
 
@@ -334,7 +320,7 @@ def _add_launch(tile: Tile, experts: int, *form: object) -> Launch:
     del form
     return Launch(
         add_parts_kernel,
-        warps=4,
+        warps=power_of_two(tile.block_k * tile.block_n // _ADDED_PER_WARP, low=4, high=16),
         BLOCK_P=tile.block_k,
         BLOCK_Q=tile.block_n,
         BINS=group_bins(experts),

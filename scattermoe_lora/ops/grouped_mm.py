@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..routing import Routing, RowOrder
 
-_ROWS = torch.contiguous_format
-
 
 def grouped_product(
     x: Tensor,
@@ -27,9 +25,15 @@ def grouped_product(
         kept = routing.expert_of_row.clamp(max=routing.experts - 1)
         y = zero_dropped(y + bias.to(y.dtype).index_select(0, kept), routing)
     if row_scale is not None:
-        factor = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
-        y = zero_dropped(y * factor.to(y.dtype), routing)
+        y = zero_dropped(scaled(y, row_scale, routing), routing)
     return place(y, routing, target)
+
+
+def scaled(x: Tensor, row_scale: Tensor | None, routing: Routing) -> Tensor:
+    """g[i] x[i], rounded once: x in expert order, g in slot order; x itself without g."""
+    if row_scale is None:
+        return x
+    return (x * row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)).to(x.dtype)
 
 
 def grouped(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
@@ -51,9 +55,11 @@ def grouped_gram(p: Tensor, q: Tensor, routing: Routing) -> Tensor:
 
 def by_expert(x: Tensor, routing: Routing, order: RowOrder) -> Tensor:
     """A contiguous copy of x in expert order; x itself where it is one, at a 16-byte address."""
-    if order is RowOrder.EXPERT:
-        return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=_ROWS)
-    return x.index_select(0, routing.slots // routing.fan_out(order))
+    if order is not RowOrder.EXPERT:
+        return x.index_select(0, routing.slots // routing.fan_out(order))
+    if x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()
 
 
 def place(y: Tensor, routing: Routing, target: RowOrder) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._launch import Launch
 from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
-from ..plan import Operation, Path, Plan, Precision, Tile
+from ..plan import Device, Operation, Path, Plan, Precision, Tile, check_height
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
 from ._check import (
@@ -140,6 +140,8 @@ def lora_rows(
     """
     if plan is None:
         plan = product_plan(x, weight, routing, operation, down.shape[1])
+    else:
+        check_height(plan, x.dtype, down.shape[1], Device.of(x.device))
     down, up = as_operand(down, x.dtype), as_operand(up, x.dtype)
     if plan.path is Path.EPILOGUE:
         x, rows = gathered(x, routing, rows, plan)

@@ -22,7 +22,7 @@ from ..weights import LoRAWeights
 from ._check import check_lora, check_row_scale, check_rows, check_same
 from ._tile import Matrix, coefficients, matrix, row_of_slot
 from .gram import launch_gram
-from .grouped_mm import by_expert, grouped_gram
+from .grouped_mm import by_expert, grouped_gram, scaled
 from .lora import as_operand
 from .recompute import launch_recompute
 
@@ -131,10 +131,7 @@ def lora_grads(
         launch_gram(products, routing, plan, row_scale=row_scale)
         return da, db
     if plan.path is Path.GROUPED_MM:
-        if row_scale is not None:
-            g = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
-            xa, yb = (low.float() * g for low in (xa, yb))
-            xa, yb = xa.to(x.dtype), yb.to(x.dtype)
+        xa, yb = (scaled(low, row_scale, routing) for low in (xa, yb))
         da.copy_(grouped_gram(yb, by_expert(x, routing, x_order), routing))
         db.copy_(grouped_gram(by_expert(dy, routing, dy_order), xa, routing))
         return da, db
@@ -164,10 +161,7 @@ def expert_weight_grad(
     if plan is None:
         plan = weight_grad_plan(x, dy, routing, 0)
     if plan.path is Path.GROUPED_MM:
-        rows = by_expert(dy, routing, dy_order)
-        if row_scale is not None:
-            g = row_scale.reshape(-1).index_select(0, routing.slots).unsqueeze(1)
-            rows = (rows.float() * g).to(x.dtype)
+        rows = scaled(by_expert(dy, routing, dy_order), row_scale, routing)
         return grouped_gram(by_expert(x, routing, x_order), rows, routing)
     if plan.path is not Path.GRAM:
         raise ValueError(f"expert_weight_grad has no path {plan.path.value!r}")

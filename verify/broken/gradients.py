@@ -191,6 +191,7 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             file=_GRAM,
             old="inside[:, None] & (p_col < gram.width)[None, :], other",
             new="inside[:, None] & (p_col <= gram.width)[None, :], other",
+            unseen_on_gpu="what is read there is not stored; the interpreter watches reads",
         ),
         Mutant(
             id="expert_weight_grad-expert",
@@ -203,8 +204,8 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_weight_grad-column",
             what="column blocks counted by rows",
             file=_GRAM,
-            old="q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)\n    acc",
-            new="q_col = (block // blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)\n    acc",
+            old="q_col = (block % blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)",
+            new="q_col = (block // blocks_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)",
         ),
         Mutant(
             id="expert_weight_grad-first-row",

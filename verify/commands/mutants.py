@@ -67,16 +67,16 @@ def main(arguments: argparse.Namespace) -> int:
     from ..records import SCHEMA, fingerprints
 
     package, console, start = source_directory(), Console(stderr=True), time.monotonic()
-    every = [*by_hand(package, SPECS.values()), *generated(package, list(SPECS.values()))]
-    outdated = stale(package, SPECS.values())
+    specs = list(SPECS.values())
+    every = [*by_hand(package, specs, device.type), *generated(package, specs)]
+    outdated = stale(package, specs)
     for text in outdated:
         console.print(f"stale: {text}", style="red", markup=False)
     check_names("kernels", arguments.kernels, (candidate.kernel for candidate in every))
     if arguments.kernels:
         every = [candidate for candidate in every if candidate.kernel in arguments.kernels]
-    chosen = every
-    if not arguments.full:
-        chosen = sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
+    sampled = sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
+    chosen = every if arguments.full else sampled
     verdicts: dict[str, Verdict] = {}
     if arguments.resume and arguments.resume.is_file():
         verdicts = known_verdicts(json.loads(arguments.resume.read_text())["mutants"], chosen)
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
         "environment": environment(device),
         "seed": arguments.seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": fingerprints(package, SPECS.values()),
+        "fingerprint": fingerprints(package, specs),
     }
     written = [start]
 
