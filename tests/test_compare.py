@@ -9,6 +9,7 @@ from torch import Tensor
 
 import scattermoe_lora as lib
 from conftest import DEVICE
+from verify import numerics
 from verify.cases import Case
 from verify.compare import compare
 from verify.inputs import DTYPES, Inputs, make_inputs
@@ -209,6 +210,20 @@ def test_what_is_no_such_output_is_refused(fault):
     outputs, expected = gradients(CASE)
     wrong = {"shape": outputs["da"].mT, "dtype": outputs["da"].float(), "none": None}[fault]
     assert not compare("da", wrong, expected["da"]).ok
+
+
+@pytest.mark.parametrize("spoilt", [None, 1.0, torch.inf])
+def test_what_is_judged_in_blocks_is_judged_alike(spoilt, monkeypatch):
+    inputs = make_inputs(CASE, torch.bfloat16, "balanced", CPU)
+    inputs["x"][0, 0] = torch.inf
+    got = Simulated(inputs).forward()["y"]
+    if spoilt:
+        got[11, 4] += spoilt
+    expected = LORA_FORWARD.reference(inputs, Arithmetic())["y"]
+    whole = compare("y", got, expected)
+    monkeypatch.setattr(numerics, "BLOCK", 5 * CASE.n_out)
+    assert compare("y", got, expected) == whole
+    assert whole.ok == (spoilt is None)
 
 
 def test_a_failure_names_the_place():

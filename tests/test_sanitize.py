@@ -6,6 +6,7 @@ import random
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +153,32 @@ def test_each_report_is_traced_to_its_launch(jobs, tmp_path, processes):
     assert "memcheck 3" in log.read_text().splitlines()
     assert log.read_text().count("racecheck") == 1
     assert open_jobs(mine, outcomes[:4]) == tuple(mine[4:])
+
+
+@pytest.mark.correctness
+def test_who_stops_asking_stops_the_processes(jobs, tmp_path):
+    tool, started = tmp_path / "compute-sanitizer", tmp_path / "started"
+    tool.write_text(
+        f"#!/bin/sh\ncase $2 in memcheck) echo '{CLEAN}' ;; *) touch {started}; sleep 99; esac\n"
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    base = next(job for job in jobs if job.draw.kernel == "glu_forward")
+    mine = [replace(base, tool=name) for name in ("racecheck", "memcheck", "synccheck")]
+    outcomes = Sanitizer(path=tool, device="cpu", batch=1, processes=2).run(mine)
+    start, patience = time.monotonic(), 60
+    assert next(outcomes).status == "passed"
+    while not started.exists():
+        time.sleep(0.01)
+    outcomes.close()
+    assert time.monotonic() - start < patience
+
+
+@pytest.mark.correctness
+def test_a_process_that_fails_without_a_word_of_the_tool_says_why():
+    report = parsed(f"ValueError: no such plan\n{CLEAN}", status=1)
+    assert not report.finished
+    assert "status 1" in report.first
+    assert "ValueError: no such plan" in report.first
 
 
 def test_the_watched_process_launches_what_it_is_told(jobs, tmp_path):

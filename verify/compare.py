@@ -17,12 +17,13 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .expected import Expected
-from .numerics import blocks
+from .numerics import Uncertain, blocks
 
 WORST = 1e9
 """The ratio of an error that no limit allows."""
@@ -106,8 +107,7 @@ def _zeros(output: str, got: Tensor, expected: Expected) -> Comparison | None:
 
 
 def _non_finite(output: str, got: Tensor, expected: Expected) -> Comparison | None:
-    want = expected.vectors(expected.value).to(expected.dtype).isfinite()
-    have = expected.vectors(got).isfinite()
+    want, have = (_finite(expected.vectors(each), got.dtype) for each in (expected.value, got))
     wrong = want != have
     if not wrong.any():
         return None
@@ -115,6 +115,16 @@ def _non_finite(output: str, got: Tensor, expected: Expected) -> Comparison | No
     note = "is not finite" if want[vector, column] else "is finite, the truth is not"
     count = int(wrong.sum())
     return _wrong(output, f"{note} ({count} elements)", _place(got, expected, vector, column))
+
+
+def _finite(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which elements are finite numbers of `dtype`: in blocks of vectors, as all of them in it
+    would take memory beside the operands.
+    """
+    finite = torch.empty_like(vectors, dtype=torch.bool)
+    for rows in blocks(vectors):
+        finite[rows] = vectors[rows].to(dtype).isfinite()
+    return finite
 
 
 def _equal(output: str, got: Tensor, expected: Expected) -> Comparison:
@@ -126,52 +136,81 @@ def _equal(output: str, got: Tensor, expected: Expected) -> Comparison:
     return _wrong(output, note, _place(got, expected, *_first(wrong)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Vectors:
+    """What was got, the truth and its variances, as [vectors, length].
+
+    Errors and variances are zero where the truth is not finite. They are made when asked for: all
+    of them held would take as much memory as the truth and its variances do.
+    """
+
+    got: Tensor
+    truth: Uncertain
+    finite: Tensor
+
+    @classmethod
+    def of(cls, got: Tensor, expected: Expected) -> "_Vectors":
+        truth = replace(expected.model, value=expected.value).rearranged(expected.vectors)
+        return cls(expected.vectors(got), truth, _finite(truth.value, expected.dtype))
+
+    def __getitem__(self, rows: Any) -> "_Vectors":
+        return _Vectors(self.got[rows], self.truth[rows], self.finite[rows])
+
+    @property
+    def error(self) -> Tensor:
+        return self._kept(self.got.double() - self.truth.value)
+
+    @property
+    def independent(self) -> Tensor:
+        return self._kept(self.truth.local) + self.drift
+
+    @property
+    def shared(self) -> Tensor:
+        return self._kept(self.truth.shared)
+
+    @property
+    def drift(self) -> Tensor:
+        return self._kept(self.truth.drift)
+
+    def _kept(self, part: Tensor) -> Tensor:
+        return torch.where(self.finite, part, 0.0)
+
+    def figures(self) -> tuple[Tensor, ...]:
+        """Of each vector the sums of squared errors and of independent and shared variances, its
+        largest error in standard deviations, and the column of that.
+        """
+        squares, independent, shared = self.error.square(), self.independent, self.shared
+        score, column = _over(squares, independent + shared).max(1)
+        return squares.sum(1), independent.sum(1), shared.sum(1), score, column
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Errors:
-    """Errors and variances as [vectors, length], non-finite elements taken out.
-
-    score: of each vector, its largest error in standard deviations; column: where that is.
-    """
+    """The vectors of an output, and their `figures`."""
 
     output: str
     got: Tensor
     expected: Expected
-    finite: Tensor
-    error: Tensor
+    vectors: _Vectors
+    squares: Tensor
     independent: Tensor
     shared: Tensor
-    drift: Tensor
     score: Tensor
     column: Tensor
 
     @classmethod
     def of(cls, output: str, got: Tensor, expected: Expected) -> "_Errors":
-        value = expected.vectors(expected.value)
-        finite = value.to(expected.dtype).isfinite()
-
-        def kept(vectors: Tensor) -> Tensor:
-            full = vectors.expand_as(value)
-            if vectors.ndim == 0 and not vectors:
-                return full
-            return torch.where(finite, full, 0.0)
-
-        def part(variance: Tensor) -> Tensor:
-            return kept(expected.vectors(variance))
-
-        model = expected.model
-        error = kept(expected.vectors(got).double() - value)
-        drift, shared = part(model.drift), part(model.shared)
-        independent = part(model.local) + drift
-        score, column = _scores(error, independent, shared)
+        vectors = _Vectors.of(got, expected)
+        parts = [vectors[rows].figures() for rows in blocks(vectors.got)]
+        squares, independent, shared, score, column = map(torch.cat, zip(*parts, strict=True))
         return cls(
             output=output,
             got=got,
             expected=expected,
-            finite=finite,
-            error=error,
+            vectors=vectors,
+            squares=squares,
             independent=independent,
             shared=shared,
-            drift=drift,
             score=score,
             column=column,
         )
@@ -213,24 +252,23 @@ class _Errors:
 
     def _group(self, measure: str, owner: Tensor, groups: int) -> Comparison:
         """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
-        length = self.error.shape[1]
+        length = self.vectors.got.shape[1]
 
         def total(per_vector: Tensor) -> Tensor:
             sums = torch.zeros(groups, dtype=torch.float64, device=owner.device)
             return sums.index_add_(0, owner, per_vector.double())
 
         count = total(torch.full(owner.shape, length, device=owner.device))
-        squares = total(self.error.square().sum(1))
-        shared = self.shared.sum(1)
-        energy = torch.stack([total(self.independent.sum(1)), total(shared)])
+        squares = total(self.squares)
+        energy = torch.stack([total(self.independent), total(self.shared)])
         sources = total(self.expected.sources.reshape(-1))
         given = self.expected.freedom
         own = (self.expected.sources if given is None else given).reshape(-1).double()
         own = own.nan_to_num(nan=1.0).clamp_min(1)
         if self.expected.coupled == "expert":
-            fluctuation = total(shared / own.sqrt()).square()
+            fluctuation = total(self.shared / own.sqrt()).square()
         else:
-            fluctuation = total(shared.square() / own)
+            fluctuation = total(self.shared.square() / own)
         freedom = (energy[1].square() / fluctuation.clamp_min(1e-300)).clamp_min(1.0)
         limit = self._limits(count.clamp_min(1), energy, freedom, sources.clamp_min(1))
         ratios = _over(squares, limit)
@@ -245,7 +283,7 @@ class _Errors:
         return self._group("expert", self.labels, int(self.labels.max()) + 1)
 
     def _rows(self) -> Comparison:
-        vectors = self.error.shape[0]
+        vectors = len(self.score)
         return self._group("row", torch.arange(vectors, device=self.labels.device), vectors)
 
     def _elements(self) -> Comparison:
@@ -255,12 +293,12 @@ class _Errors:
     def _slopes(self) -> Comparison:
         """Least squares of the error on the terms: the excess of each term's factor over 1."""
         terms = {
-            name: torch.where(self.finite, self.expected.vectors(term), 0.0)
+            name: torch.where(self.vectors.finite, self.expected.vectors(term), 0.0)
             for name, term in self.expected.terms.items()
         }
         terms = {name: term for name, term in terms.items() if bool(term.any())}
         nothing = Comparison(output=self.output, ratio=0.0, measure="slope")
-        if not terms or self.error.numel() < _LEAST_ELEMENTS:
+        if not terms or self.vectors.got.numel() < _LEAST_ELEMENTS:
             return nothing
         names = list(terms)
         gram = torch.stack(
@@ -272,7 +310,7 @@ class _Errors:
         worst, label, excess = 0.0, "", 0.0
         for index, name in enumerate(names):
             influence = sum(inverse[index, j] * terms[other] for j, other in enumerate(names))
-            slope = float((influence * self.error).sum())
+            slope = float((influence * self.vectors.error).sum())
             ratio = abs(slope) / self._slope_limit(influence)
             if ratio > worst:
                 worst, label, excess = ratio, name, slope
@@ -282,31 +320,31 @@ class _Errors:
     def _direction(self, name: str) -> Comparison:
         """How much of a likely fault the error holds, fitted alone."""
         line = self.expected.vectors(self.expected.directions[name])
-        line = torch.where(self.finite & line.isfinite(), line, 0.0)
+        line = torch.where(self.vectors.finite & line.isfinite(), line, 0.0)
         square = float(line.square().sum())
         if not square or line.numel() < _LEAST_ELEMENTS:
             return Comparison(output=self.output, ratio=0.0, measure="slope")
         influence = line / square
-        excess = float((influence * self.error).sum())
+        excess = float((influence * self.vectors.error).sum())
         ratio = abs(excess) / self._slope_limit(influence)
         found = self._found("slope", min(ratio, WORST), None)
         return replace(found, note=f"{name} is {excess:+.3%} off")
 
     def _slope_limit(self, influence: Tensor) -> float:
-        size = influence.abs()
-        alone = float((influence.square() * (self.independent - self.drift)).sum())
+        vectors, size = self.vectors, influence.abs()
+        alone = float((influence.square() * (vectors.independent - vectors.drift)).sum())
         # The rounding of a product depends on two mantissas: in a line or column that shares a
         # factor there are as many different ones as the type has mantissas.
         mantissas = 1 / torch.finfo(self.expected.dtype).eps
         alone *= max(1.0, size.shape[1] / mantissas) * max(1.0, size.shape[0] / mantissas)
-        pull = (size * self.shared.sqrt()).sum(1)
+        pull = (size * vectors.shared.sqrt()).sum(1)
         if self.expected.coupled == "expert":
             groups = int(self.labels.max()) + 1
             pull = torch.zeros(groups, dtype=pull.dtype, device=pull.device).index_add_(
                 0, self.labels, pull
             )
         together = float(pull.square().sum())
-        drift = float((size * self.drift.sqrt()).sum())
+        drift = float((size * vectors.drift.sqrt()).sum())
         return _SLOPE * (alone + together) ** 0.5 + drift + 1e-300
 
     def _found(self, measure: str, ratio: float, mask: Tensor | None) -> Comparison:
@@ -315,17 +353,6 @@ class _Errors:
         column = int(self.column[vector])
         where = _place(self.got, self.expected, vector, column)
         return Comparison(output=self.output, ratio=ratio, measure=measure, where=where)
-
-
-def _scores(error: Tensor, independent: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each vector the largest score and its column, in blocks of vectors: a whole one of every
-    element would be held beside the operands.
-    """
-    parts = [
-        _over(error[rows].square(), independent[rows] + shared[rows]).max(1)
-        for rows in blocks(error)
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def _over(squares: Tensor, limits: Tensor) -> Tensor:

@@ -150,8 +150,8 @@ def plan_of(lib: ModuleType, spec: KernelSpec, inputs: Inputs, draw: Draw) -> Na
 
 
 def _fitted(plan: Any, offered: list[Any]) -> Any:
-    """Tensor maps only where a plan offered for these operands uses them; a precision that is
-    offered.
+    """Tensor maps only where a plan offered for these operands uses them, and without one of W no
+    tile taller than those offered; a precision that is offered.
     """
     changes: dict[str, Any] = {}
     tile = getattr(plan, "tile", None)
@@ -159,6 +159,11 @@ def _fitted(plan: Any, offered: list[Any]) -> Any:
         if getattr(tile, flag, False) and not any(getattr(p.tile, flag) for p in offered):
             tile = replace(tile, **{flag: False})  # type: ignore[type-var]
             changes["tile"] = tile
+    if tile is not None and not tile.descriptor:
+        tallest = max(
+            (p.tile.block_m for p in offered if not p.tile.descriptor), default=tile.block_m
+        )
+        changes["tile"] = replace(tile, block_m=min(tile.block_m, tallest))
     if hasattr(plan, "precision") and plan.precision not in {p.precision for p in offered}:
         changes["precision"] = offered[0].precision
     return replace(plan, **changes) if changes else plan
@@ -180,10 +185,11 @@ def run_draw(
     device: torch.device,
     *,
     announce: Callable[[Launch], None],
+    returned: Callable[[], None] = lambda: None,
     bench: Workbench | None = None,
 ) -> Outcome:
     """Check one draw; `announce` is called before its launch, with everything that is needed to
-    repeat it.
+    repeat it, and `returned` when the device has done it.
     """
     chosen: list[NamedPlan] = []
 
@@ -194,7 +200,11 @@ def run_draw(
     def run(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, torch.Tensor]:
         full = replace(draw, path=chosen[0].path, plan=encoded(lib, plan), label=chosen[0].label)
         announce(Launch(draw=full, plan=chosen[0], inputs=inputs))
-        return spec.run(lib, inputs, plan)
+        outputs = spec.run(lib, inputs, plan)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        returned()
+        return outputs
 
     problem = Problem(
         lib=lib,

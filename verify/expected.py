@@ -53,13 +53,13 @@ class Expected:
         """The term that carries the least of the output's norm, what is finite of it, and its
         share; ("", 1) without terms.
         """
+        if not self.terms:
+            return "", 1.0
         finite = self.value.isfinite()
         norm = float(torch.linalg.vector_norm(self.value[finite]))
         shares = {
             name: float(torch.linalg.vector_norm(term[finite])) / norm if norm else 1.0
             for name, term in self.terms.items()
         }
-        if not shares:
-            return "", 1.0
         name = min(shares, key=shares.__getitem__)
         return name, shares[name]

@@ -276,13 +276,7 @@ class Campaign:
             if "hello" in message:
                 process.ready, process.deadline = True, float("inf")
                 self._learn(message["hello"])
-            elif message["id"] != process.number:
-                continue
-            elif "compiled" in message:
-                process.wait_again()
-            elif "launch" in message:
-                process.launched = Draw.from_json(message["launch"])
-            else:
+            elif message["id"] == process.number and not process.progressed(message):
                 self._done(process, message["done"])
 
     def _learn(self, hello: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """A process that runs draws one after another, as it is told by JSON lines on its standard input.
 
-It answers on its standard output: first {"hello": facts}, then per draw {"id", "launch"} before and
-{"id", "done"} after it, and {"id", "compiled"} whenever a kernel was. Before each launch a line is
+It answers on its standard output: first {"hello": facts}, then per draw {"id", "launch"} before its
+launch, {"id", "returned"} after that, {"id", "done"} when it is judged, and {"id", "compiled"}
+whenever a kernel was. Before each launch a line is
 in the journal. When the device is beyond use, the answer says "fatal" and the process ends. What
 kernels print goes to standard error.
 """
@@ -63,7 +64,15 @@ class Worker:
 
         start = time.monotonic()
         spec = self.kernels[draw.kernel]
-        outcome = run_draw(self.lib, spec, draw, self.device, announce=announce, bench=self.bench)
+        outcome = run_draw(
+            self.lib,
+            spec,
+            draw,
+            self.device,
+            announce=announce,
+            returned=lambda: self.answer(id=number, returned=True),
+            bench=self.bench,
+        )
         seconds = time.monotonic() - start
         reached: tuple[str, ...] = ()
         if seen:

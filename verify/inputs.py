@@ -123,7 +123,7 @@ def make_inputs(
         stored = lora_dtype if name.startswith("lora") else dtype
         tensors[name] = value.to(torch.float32 if name == "gates" else stored)
     tensors["weight"] = laid_out(tensors["weight"], case.weight_layout)
-    for name in ("x", "dy"):
+    for name in {"x", "dy", "gates"} & tensors.keys():
         tensors[name] = laid_out(tensors[name], case.x_layout)
     tensors["top_k_index"] = top_k_index.to(device)
     return Inputs(case=case, mode=mode, dtype=dtype, scaling=scaling, tensors=tensors)

@@ -71,8 +71,9 @@ HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Launchers whose arithmetic reaches a kernel."""
 
-NOT_SEEN = ("form", "pointers", "warps", "stages", "num_warps")
-"""Names and arguments that choose a compiled variant and change no result."""
+NOT_SEEN = ("chunk", "form", "pointers", "strict", "warps", "stages", "num_warps")
+"""Names and arguments that choose a compiled variant, or how much is done at a time, or what is
+checked: they change no result."""
 
 SKIPPED_FUNCTIONS = ("self_test_kernel",)
 
@@ -82,9 +83,14 @@ EQUIVALENT: Mapping[str, str] = {
     "expert_of_slot.view(routing.tokens, routing.top_k)": (
         "newer versions of torch gather by 32-bit indices too"
     ),
-    "_sort.py:sort_by_expert:selection:256 if rows <= 2**16 else 1024 -> "
-    "1024 if rows <= 2 ** 16 else 256": (
-        "the order does not depend on the size of a chunk, which only decides the time"
+    "_sort.py:load_keys:comparison:chosen < experts -> (chosen <= experts)": (
+        "the key of a row that is dropped is the number of experts"
+    ),
+    "_sort.py:sort_by_expert:constant:2 -> 3": (
+        "the program too many marks the same entries as not in use"
+    ),
+    "_sort.py:place_kernel:constant:0 -> 1 #3": (
+        "there are two other groups at least, and each stores the same offsets"
     ),
     "_sort.py:sort_by_expert:constant:4 -> 5 #2": (
         "the parts of the buffer lie further apart than they need to"
@@ -98,6 +104,26 @@ EQUIVALENT: Mapping[str, str] = {
     "_row_tiles.py:row_tiles_kernel:other:tl.load(offsets + bins, mask=bins <= experts, other=0) "
     "-> tl.load(offsets + bins, mask=bins <= experts, other=1)": (
         "sizes past the groups are replaced by 0 in the next line but one"
+    ),
+    "_row_tiles.py:row_tiles_kernel:constant:0 -> 1": (
+        "sizes past the groups are read for the rows of entries that are not in use alone"
+    ),
+    "ops/_tile.py:row_of_slot:cast:slot.to(tl.int32) -> slot": (
+        "every slot is below 2^31, and divided in 64 bits it is the same"
+    ),
+    "ops/fused.py:fused_kernel:cast:tl.load(bias_ptrs, mask=n < N, other=0.0).to(tl.float32) -> "
+    "tl.load(bias_ptrs, mask=n < N, other=0.0)": (
+        "what is added to an fp32 sum is made fp32 first"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:constant:0 -> 1 #3": (
+        "ids not known are refused on a CPU; tests/test_quant.py decodes some"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:(element % BLOCKSIZE).to(tl.int32) -> "
+    "(element % BLOCKSIZE)": "what is below a block size is the same in 64 bits",
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:(base % OUTER_BLOCKSIZE).to(tl.int32) -> "
+    "(base % OUTER_BLOCKSIZE)": "what is below a block size is the same in 64 bits",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:constant:0 -> 1 #2": (
+        "ids not known are refused on a CPU; tests/test_quant.py decodes some"
     ),
     "_row_tiles.py:group_bins:constant:2 -> 3": (
         "bins past those of the groups are masked everywhere: more of them hold nothing"
@@ -124,6 +150,10 @@ EQUIVALENT: Mapping[str, str] = {
         "within one matrix there are fewer than 2^31 scales"
     ),
     "ops/rows.py:group_kernel:comparison:expert < experts -> expert <= experts #2": (
+        "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
+    ),
+    "ops/rows.py:group_kernel:mask:tl.load(row_scale + slot, mask=expert < experts, other=0.0) -> "
+    "tl.load(row_scale + slot)": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
     ),
     "ops/rows.py:combine_kernel:other:tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, "

@@ -120,7 +120,7 @@ class Uncertain:
         if dtype is None or dtype == torch.float64:
             return self
         value = self.value.double()
-        local = self.local + rounding_variance(value, dtype)
+        local = rounding_variance(value, dtype).add_(self.local)
         return Uncertain(value, local, self.shared, self.drift)
 
     def truncated(self) -> "Uncertain":

@@ -29,8 +29,8 @@ _ALIVE: Mapping[str, tuple[float, float, float, float]] = {
     "group": (14, 2, 2, 2),
     "combine": (2, 10, 2, 2),
     "combine_grad": (2, 5, 2, 2),
-    "glu_forward": (1, 17, 1, 2),
-    "glu_backward": (2, 34, 1, 4),
+    "glu_forward": (1, 8, 1, 2),
+    "glu_backward": (2, 16, 1, 4),
 }
 """What a check holds at a time, as fp64 tensors [rows, K], [rows, N], [experts, K, N], and of rank
 columns for each row and each line of the experts: counted in fp32, rounded up.

@@ -51,11 +51,7 @@ def _run(process: Process, draw: Draw, patience: float) -> Answer:
                 if "hello" in message:
                     process.ready = True
                     process.tell(1, draw, patience=patience)
-                elif "compiled" in message:
-                    process.wait_again()
-                elif "launch" in message:
-                    process.launched = Draw.from_json(message["launch"])
-                else:
+                elif not process.progressed(message):
                     facts = message["done"]
                     if not facts["launched"] and draw.path:
                         reason = facts["outcome"]["reason"]

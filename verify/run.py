@@ -196,10 +196,7 @@ class Problem:
                 continue
             try:
                 how = self.spec.arithmetic(self.lib, inputs, plan.plan)
-                if how not in known:
-                    # The last reference is let go before another one is made.
-                    known = {}
-                    known = {how: self._reference(inputs, how)}
+                # The guarded copies are let go before a reference is made.
                 outputs, problems = guarded_run(
                     self.lib,
                     self.spec,
@@ -208,6 +205,10 @@ class Problem:
                     known=prepared.guards if prepared else None,
                 )
                 problems += prepared.problems() if prepared else ()
+                if how not in known:
+                    # The last reference is let go before another one is made.
+                    known = {}
+                    known = {how: self._reference(inputs, how)}
                 yield self._judged(plan, inputs, known[how], outputs, problems)
             except Exception as error:  # noqa: BLE001 - becomes an outcome
                 yield self.outcome(plan, status="error", reason=in_words(error))

@@ -11,13 +11,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -30,6 +33,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EVERY_PLAN = "memcheck"
 """The tool that sees every plan; the others see one per kernel, path and kind of load."""
 
+_POLL = 0.1
+"""Seconds between looks at a process."""
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+)")
 _BANNER = re.compile(r"=+ (COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY|Target application)")
 _PLACES = ("PATH", "CUDA_HOME", "CUDA_PATH")
@@ -163,9 +168,15 @@ def parsed(text: str, *, status: int) -> Report:
                 first = words
                 break
     if not counts:
-        tail = " ".join(text.split())[-300:]
-        return Report(errors=0, first=f"it ended with status {status}: {tail}", finished=False)
+        return Report(errors=0, first=_ending(text, status), finished=False)
+    if status and not sum(counts):
+        first = _ending(text[: text.rindex("=========")], status)
     return Report(errors=sum(counts), first=first, finished=status == 0)
+
+
+def _ending(text: str, status: int) -> str:
+    """How a process ended that the tool has nothing to say about."""
+    return f"it ended with status {status}: {' '.join(text.split())[-300:]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,25 +194,31 @@ class Sanitizer:
     processes: int = 1
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """One outcome per job, in batches of one tool, as they end."""
+        """One outcome per job, in batches of one tool, as they end; whoever stops asking stops the
+        processes.
+        """
+        stop = Event()
         with ThreadPoolExecutor(self.processes) as pool:
             batches = []
             for tool in dict.fromkeys(job.tool for job in jobs):
                 mine = [job for job in jobs if job.tool == tool]
                 for start in range(0, len(mine), self.batch):
                     part = mine[start : start + self.batch]
-                    batches.append(pool.submit(self._outcomes, tool, part))
+                    batches.append(pool.submit(self._outcomes, tool, part, stop))
             try:
                 for batch in as_completed(batches):
                     yield from batch.result()
             finally:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _outcomes(self, tool: str, jobs: Sequence[Job]) -> list[Outcome]:
-        return list(self._split(tool, jobs))
+    def _outcomes(self, tool: str, jobs: Sequence[Job], stop: Event) -> list[Outcome]:
+        return list(self._split(tool, jobs, stop))
 
-    def _split(self, tool: str, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        report = self._watched(tool, [job.draw for job in jobs])
+    def _split(self, tool: str, jobs: Sequence[Job], stop: Event) -> Iterator[Outcome]:
+        report = self._watched(tool, [job.draw for job in jobs], stop)
+        if stop.is_set():
+            return
         if report.finished and not report.errors:
             yield from (job.outcome("passed") for job in jobs)
         elif len(jobs) == 1:
@@ -212,11 +229,11 @@ class Sanitizer:
                 yield jobs[0].outcome("error", report.first)
         else:
             middle = len(jobs) // 2
-            yield from self._split(tool, jobs[:middle])
-            yield from self._split(tool, jobs[middle:])
+            yield from self._split(tool, jobs[:middle], stop)
+            yield from self._split(tool, jobs[middle:], stop)
 
-    def _watched(self, tool: str, draws: Sequence[Draw]) -> Report:
-        """Run draws in one process under the tool."""
+    def _watched(self, tool: str, draws: Sequence[Draw], stop: Event) -> Report:
+        """Run draws in one process under the tool, until `stop` is set."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "draws.json"
             file.write_text(json.dumps([draw.as_json() for draw in draws]))
@@ -225,20 +242,22 @@ class Sanitizer:
             variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
             variables["PYTHONPATH"] = os.pathsep.join(word for word in search if word)
-            try:
-                ran = subprocess.run(
+            output, end = Path(scratch) / "output", time.monotonic() + self.seconds
+            with output.open("wb") as written:
+                process = subprocess.Popen(
                     [*command, *([self.tree] if self.tree else [])],
                     env=variables,
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=self.seconds,
-                    check=False,
+                    stdout=written,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
-            except subprocess.TimeoutExpired:
-                words = f"no end within {self.seconds:g} s"
-                return Report(errors=0, first=words, finished=False)
-            return parsed(ran.stdout + ran.stderr, status=ran.returncode)
+                while process.poll() is None:
+                    if stop.wait(_POLL) or time.monotonic() > end:
+                        os.killpg(process.pid, signal.SIGKILL)
+                        process.wait()
+                        words = f"no end within {self.seconds:g} s"
+                        return Report(errors=0, first=words, finished=False)
+            return parsed(output.read_text(errors="replace"), status=process.returncode)
 
 
 def open_jobs(jobs: Iterable[Job], known: Iterable[Outcome]) -> tuple[Job, ...]:

@@ -25,7 +25,7 @@ _HUGE: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float32: (122, -16),
 }
 """Exponents of the huge operand and of the other one, so that sums of products stay finite with a
-scaling of at most 2; with a larger one the operand is as much smaller.
+scaling of at most 2 and where they are at most 4 times their operand; else it is as much smaller.
 """
 
 
@@ -41,7 +41,7 @@ def valued(
         found |= _scaled(found, case, dtype, top_k_index)
     elif kind in ("tiny", "huge"):
         other = {"x": "dy", "dy": "x"}[operand]
-        own, others = _huge(dtype, case.scaling) if kind == "huge" else (_tiny(dtype), 0)
+        own, others = _huge(dtype, case, operand) if kind == "huge" else (_tiny(dtype), 0)
         found[operand] = found[operand] * 2.0**own
         found[other] = found[other] * 2.0**others
         found["bias"] = found["bias"] * 2.0 ** (own if operand == "x" else others)
@@ -62,10 +62,18 @@ def poisoned(rows: Tensor) -> Tensor:
     return rows
 
 
-def _huge(dtype: torch.dtype, scaling: float) -> tuple[int, int]:
-    """The exponents of _HUGE, with a large scaling taken off the huge operand."""
+def _huge(dtype: torch.dtype, case: Case, operand: str) -> tuple[int, int]:
+    """The exponents of _HUGE, with what is too large off a scaling or a sum taken off the huge
+    operand. The sums of dy are dy B, before and after scaling, dy W^T, and that over the rows.
+    """
     own, others = _HUGE[dtype]
-    return own - max(0, math.ceil(math.log2(abs(scaling))) - 1), others
+    excess = math.log2(abs(case.scaling)) - 1
+    if operand == "dy":
+        low = case.n_out / case.rank
+        rows = case.rows if case.bias else 1
+        largest = max(low, low / case.scaling**2, case.n_out / case.k_in, rows)
+        excess = max(excess, math.log2(largest) / 2 - 2)
+    return own - max(0, math.ceil(excess)), others
 
 
 def _tiny(dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from .draws import Draw
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TAIL = 600
+_JUDGING = 4
+"""The judge may take so many times as long as a launch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +83,13 @@ class Process:
         return self.ready and self.draw is None and not self.ended
 
     def tell(self, number: int, draw: Draw, *, patience: float) -> None:
-        """Hand it a draw, which it has `patience` seconds to run, and as many for every kernel that
-        it compiles on the way.
+        """Hand it a draw, which it has `patience` seconds to prepare, as many for every kernel that
+        it compiles and for the launch, and _JUDGING times as many to judge it.
         """
         assert self.popen.stdin is not None
         self.number, self.draw, self.launched = number, draw, None
         self.patience = patience
-        self.wait_again()
+        self._wait_again()
         line = json.dumps({"id": number, "draw": draw.as_json()}) + "\n"
         try:
             self.popen.stdin.write(line.encode())
@@ -95,9 +97,17 @@ class Process:
         except BrokenPipeError:
             self.ended = True
 
-    def wait_again(self) -> None:
-        """Give it its time anew."""
-        self.deadline = time.monotonic() + self.patience
+    def progressed(self, message: Mapping[str, Any]) -> bool:
+        """Whether a message says only that a draw got further; it has its time anew then."""
+        if "launch" in message:
+            self.launched = Draw.from_json(message["launch"])
+        elif "compiled" not in message and "returned" not in message:
+            return False
+        self._wait_again(_JUDGING if "returned" in message else 1)
+        return True
+
+    def _wait_again(self, times: int = 1) -> None:
+        self.deadline = time.monotonic() + times * self.patience
 
     def read(self) -> list[dict[str, Any]]:
         """What it said since; `ended` is set at the end of its output."""

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,6 +25,11 @@ from .common import (
     source_directory,
 )
 
+if TYPE_CHECKING:
+    from ..records import Recorder
+    from ..run import Outcome
+    from ..sanitize import Job
+
 _CANNOT = 2
 
 
@@ -36,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tools", type=separated, default=(), metavar="A,B", help="all, unless stated"
     )
-    parser.add_argument("--resume", action="store_true", help="keep what --json FILE already has")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what --json FILE already has, but for launches that did not end",
+    )
     parser.add_argument("--minutes", type=positive, help="start no batch after so long")
     parser.add_argument("--batch", type=count, default=100, help="launches per process")
     parser.add_argument(
@@ -51,6 +62,19 @@ def _prepared(arguments: argparse.Namespace) -> torch.device:
     return prepare(arguments.device)
 
 
+def _known(
+    record: Mapping[str, Any], recorder: "Recorder", jobs: Sequence["Job"]
+) -> list["Outcome"]:
+    """What a record of the same sources says of these jobs, but for those that did not end."""
+    from ..run import Outcome
+
+    if record.get("fingerprint") != recorder.record(complete=False)["fingerprint"]:
+        return []
+    outcomes = [Outcome(**values) for values in record["outcomes"]]
+    wanted = {job.key for job in jobs}
+    return [found for found in outcomes if found.key in wanted and found.status != "error"]
+
+
 def main(arguments: argparse.Namespace) -> int:
     """1 if a tool reports something, 2 if nothing can be run here."""
     device = _prepared(arguments)
@@ -63,9 +87,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
     check_names("tools", arguments.tools, TOOLS)
-    kernels = [
-        spec for spec in KERNELS if spec.name in (arguments.kernels or {s.name for s in KERNELS})
-    ]
+    named = arguments.kernels
+    kernels = [spec for spec in KERNELS if not named or spec.name in named]
     tree = arguments.tree.resolve() if arguments.tree else source_directory()
     recorder = Recorder(
         arguments.json,
@@ -92,12 +115,8 @@ def main(arguments: argparse.Namespace) -> int:
     pools = {spec.name: plan_pool(package(), spec, device, most=0) for spec in kernels}
     fixed = [spec.name for spec in kernels if is_fixed(spec, device)]
     jobs = jobs_of(kernels, pools, fixed, tools)
-    if arguments.resume and arguments.json and arguments.json.is_file():
-        known = json.loads(arguments.json.read_text())
-        if known.get("fingerprint") == recorder.record(complete=False)["fingerprint"]:
-            wanted = {job.key for job in jobs}
-            outcomes = [Outcome(**values) for values in known["outcomes"]]
-            recorder.outcomes += [outcome for outcome in outcomes if outcome.key in wanted]
+    if arguments.resume and arguments.json.is_file():
+        recorder.outcomes += _known(json.loads(arguments.json.read_text()), recorder, jobs)
     waiting = open_jobs(jobs, recorder.outcomes)
     sanitizer = Sanitizer(
         path=tool,

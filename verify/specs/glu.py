@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cases import CASES, Case
 from ..expected import Expected
-from ..inputs import Inputs, make_inputs
+from ..inputs import Inputs, laid_out, make_inputs
 from ..models import Arithmetic
 from ..numerics import Uncertain, by_rows, elementwise, summed
 from ..references import GatedActivation
@@ -65,7 +65,7 @@ def _inputs(
     return inputs.having(
         h=h.to(dtype),
         dact=drawn(case.rows, case.n_out).to(dtype),
-        gates=drawn(case.tokens, case.top_k),
+        gates=laid_out(drawn(case.tokens, case.top_k), case.x_layout),
     )
 
 
@@ -174,6 +174,8 @@ def _near_limit(activation: GatedActivation, gate: Uncertain, up: Uncertain) -> 
 
 def _joined(gate: Uncertain, up: Uncertain, activation: GatedActivation) -> Uncertain:
     def join(a: Tensor, b: Tensor) -> Tensor:
+        if a.ndim == b.ndim == 0:
+            return a + b
         a, b = a.expand(gate.value.shape), b.expand(gate.value.shape)
         if activation.interleaved:
             return torch.stack((a, b), dim=-1).flatten(-2)
@@ -196,19 +198,19 @@ def _lean(found: Uncertain) -> Uncertain:
 
 def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     del how
-    model = _lean(glu(Uncertain.exact(inputs["h"].double()), activation_of(inputs.case)))
+    model = _lean(glu(Uncertain.exact(inputs["h"]), activation_of(inputs.case)))
     return {"act": _rows_expected(inputs, model.rounded(inputs.dtype), inputs.dtype)}
 
 
 def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     del how
     case, dtype, activation = inputs.case, inputs.dtype, activation_of(inputs.case)
-    h, dact = (Uncertain.exact(inputs[name].double()) for name in ("h", "dact"))
+    h, dact = (Uncertain.exact(inputs[name]) for name in ("h", "dact"))
     slots = _slots(inputs)
     gates = inputs["gates"].double().reshape(-1)[slots]
     act = _lean(glu(h, activation))
+    dgates = summed(act.times(dact.rearranged(Tensor.double)), 1).rounded(torch.float32)
     dh = _lean(glu_gradient(h, dact, gates, activation)).rounded(dtype)
-    dgates = summed(act.times(dact), 1).rounded(torch.float32)
     placed = dgates.rearranged(lambda part: torch.empty_like(part).index_copy(0, slots, part))
     placed = placed.rearranged(lambda part: part.view(case.tokens, case.top_k))
     owner = torch.zeros(case.tokens, dtype=torch.int64, device=inputs.device)
