@@ -22,6 +22,7 @@ from verify.cases import tagged
 from verify.fuzz_worker import is_fixed, plan_pool
 from verify.run import Problem, guarded_run
 from verify.sanitize import (
+    NOT_OURS,
     TOOLS,
     Job,
     Sanitizer,
@@ -153,6 +154,16 @@ def test_each_report_is_traced_to_its_launch(jobs, tmp_path, processes):
     assert "memcheck 3" in log.read_text().splitlines()
     assert log.read_text().count("racecheck") == 1
     assert open_jobs(mine, outcomes[:4]) == tuple(mine[4:])
+
+
+@pytest.mark.correctness
+def test_what_torch_does_by_itself_is_not_watched_and_told(jobs):
+    base = next(job for job in jobs if job.draw.kernel == "scatter2scatter")
+    mine = [replace(base, tool=tool, draw=replace(base.draw, path=path)) for tool, path in NOT_OURS]
+    outcomes = list(Sanitizer(path=Path("/nowhere"), device="cpu").run(mine))
+    assert [outcome.key for outcome in outcomes] == [job.key for job in mine]
+    assert {outcome.status for outcome in outcomes} == {"unavailable"}
+    assert "torch._grouped_mm" in outcomes[0].reason
 
 
 @pytest.mark.correctness
