@@ -28,7 +28,7 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
 FUNCTION_CHECKS: Mapping[str, tuple[str, ...]] = {
     "group": ("group",),
     "group_kernel": ("group",),
-    "combine": ("combine",),
+    "combine": ("combine", "expert_linear"),
     "combine_kernel": ("combine",),
     "combine_grad": ("combine_grad",),
     "combine_grad_kernel": ("combine_grad",),
