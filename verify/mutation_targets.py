@@ -149,6 +149,10 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:group_r.to(tl.int64) -> group_r": (
         "within one matrix there are fewer than 2^31 scales"
     ),
+    "ops/rows.py:group:exchanged:_group(width, x.dtype, x.stride(), scale_form, fan_out) -> "
+    "_group(width, x.dtype, x.stride(), fan_out, scale_form)": (
+        "a launch is remembered by all of them, in whatever order"
+    ),
     "ops/rows.py:group_kernel:comparison:expert < experts -> expert <= experts #2": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
     ),
