@@ -37,6 +37,16 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell ignores interrupts for what it runs in the background, and its processes inherit
+    that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that ended and that nobody waited for does not."""
     try:
