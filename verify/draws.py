@@ -158,12 +158,11 @@ def _fitted(plan: Any, offered: list[Any]) -> Any:
     for flag in ("descriptor", "x_descriptor"):
         if getattr(tile, flag, False) and not any(getattr(p.tile, flag) for p in offered):
             tile = replace(tile, **{flag: False})  # type: ignore[type-var]
-            changes["tile"] = tile
-    if tile is not None and not tile.descriptor:
-        tallest = max(
-            (p.tile.block_m for p in offered if not p.tile.descriptor), default=tile.block_m
-        )
-        changes["tile"] = replace(tile, block_m=min(tile.block_m, tallest))
+    if tile is not None:
+        heights = [p.tile.block_m for p in offered if not p.tile.descriptor]
+        if heights and not tile.descriptor:
+            tile = replace(tile, block_m=min(tile.block_m, max(heights)))
+        changes["tile"] = tile
     if hasattr(plan, "precision") and plan.precision not in {p.precision for p in offered}:
         changes["precision"] = offered[0].precision
     return replace(plan, **changes) if changes else plan

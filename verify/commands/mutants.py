@@ -75,8 +75,11 @@ def main(arguments: argparse.Namespace) -> int:
     check_names("kernels", arguments.kernels, (candidate.kernel for candidate in every))
     if arguments.kernels:
         every = [candidate for candidate in every if candidate.kernel in arguments.kernels]
-    sampled = sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
-    chosen = every if arguments.full else sampled
+    chosen = (
+        every
+        if arguments.full
+        else sample(every, per_kernel=arguments.per_kernel, seed=arguments.seed)
+    )
     verdicts: dict[str, Verdict] = {}
     if arguments.resume and arguments.resume.is_file():
         verdicts = known_verdicts(json.loads(arguments.resume.read_text())["mutants"], chosen)
