@@ -406,7 +406,8 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     for block_m in ROW_TILES:
         if block_m <= tallest:
             tile = fit(replace(base.tile, block_m=block_m), problem, device)
-            plans.append(replace(base, tile=tile))
+            if _keeps_registers(tile, problem.operation):
+                plans.append(replace(base, tile=tile))
     if not device.interpreted:
         plans.extend(replace(base, tile=tile) for tile in variations(base.tile, problem, device))
     return tuple(dict.fromkeys(plans))
@@ -428,11 +429,18 @@ def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]
         if block_n < 16 or stages < min(tile.stages, 2):
             continue
         varied = replace(tile, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
-        if varied.block_m * block_n > 192 * 32 * warps:
+        if not _keeps_registers(varied, problem.operation):
             continue
         if fit(varied, problem, device) == varied:
             found.append(varied)
     return tuple(found)
+
+
+def _keeps_registers(tile: Tile, operation: Operation) -> bool:
+    """Whether a tile has at most 192 accumulators per thread, which leaves it 63 registers."""
+    gradient = operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD)
+    height = tile.block_k if gradient else tile.block_m
+    return height * tile.block_n <= 192 * 32 * tile.warps
 
 
 def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:

@@ -146,6 +146,7 @@ EXTREMES: tuple[Case, ...] = (
 EDGES: tuple[Case, ...] = (
     _small("no-tokens", tokens=0),
     _small("one-token", tokens=1, bias=True),
+    _small("one-row", tokens=1, top_k=1, gated=True),
     _small("one-expert", experts=1, top_k=1, tokens=70, routing="one"),
     _small("one-takes-all", routing="one:1", tokens=40),
     _small("last-takes-all", routing="last", tokens=33, source="SLOT"),
@@ -178,7 +179,7 @@ EDGES: tuple[Case, ...] = (
     _small("odd-rows-one-expert", k_in=17, n_out=32, rank=64, tokens=40, experts=1, top_k=1),
     _small("odd-rows-wide", k_in=17, n_out=128, rank=4, tokens=72, experts=1, top_k=1),
     _small("long-rows", k_in=2120, n_out=24, tokens=5, experts=2, rank=4, source="SLOT"),
-    _small("strided", weight_layout="strided", x_layout="strided", bias=True),
+    _small("strided", weight_layout="strided", x_layout="strided", bias=True, gated=True),
     _small("offset", weight_layout="offset", x_layout="offset"),
     _small("turned-rows", x_layout="transposed", tokens=21, k_in=40, n_out=34, rank=4),
     _small("transposed-tails", weight_layout="transposed", k_in=70, n_out=90, x_layout="strided"),

@@ -309,7 +309,7 @@ class Campaign:
         busy, late = process.draw is not None, process.late and not process.ended
         if late:
             process.kill()
-            reason = f"no answer within {self.settings.patience:g} s"
+            reason = process.how_late()
         else:
             reason = process.how_it_ended()
         self._processes.remove(process)

@@ -66,6 +66,6 @@ def _run(process: Process, draw: Draw, patience: float) -> Answer:
     late = not process.ended
     if late:
         process.kill()
-    reason = f"no answer within {patience:g} s" if late else process.how_it_ended()
+    reason = process.how_late() if late else process.how_it_ended()
     outcome = {"status": "error", "reason": reason}
     return Answer(kind="hang" if late else "crash", draw=process.launched or draw, outcome=outcome)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -96,9 +97,8 @@ class KernelSpec:
     once).
     modes: input modes that make sense. inputs: (case, dtype, mode, device, seed=) -> Inputs.
     ops: public operations of the package that this entry covers. source: module path of its kernel.
-    thrift: of the cases that are not smoke cases, the quick selection takes every `thrift`-th:
-    pipelines of
-    kernels that have entries of their own need fewer.
+    thrift: of the cases that are not smoke cases, the quick selection takes one in `thrift`:
+    pipelines of kernels that have entries of their own need fewer.
     prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is
     a kernel of
     its own with its own entry. None where run builds everything.
@@ -144,17 +144,16 @@ class KernelSpec:
         """Of a smoke case every dtype and every mode; of others one balanced run, or an exact one
         too.
 
-        Where one dtype is enough it goes round from case to case, so that every dtype meets every
-        kind of
-        boundary somewhere.
+        The names of kernel and case draw the dtypes where few are enough, so that every dtype
+        meets every kind of boundary somewhere and a new case changes nothing for the others.
         """
-        place = self.cases.index(case)
         smoke = "smoke" in case.tags
-        if place % self.thrift and not smoke and not case.extreme:
+        turn, place = divmod(crc32(f"{self.name} {case.name}".encode()), self.thrift)
+        if place and not smoke and not case.extreme:
             return ()
-        turn = place // self.thrift + len(self.name)
-        dtype, other = (self.dtypes[(turn + step) % len(self.dtypes)] for step in (0, 1))
-        if smoke and self.thrift == 1:
+        turn, first = divmod(turn, len(self.dtypes))
+        dtype, other = (self.dtypes[(first + step) % len(self.dtypes)] for step in (0, 1))
+        if smoke:
             runs = [(each, "balanced") for each in self.dtypes]
             runs += [(dtype, "exact"), (other, "lora-only")]
         elif case.extreme:

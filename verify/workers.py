@@ -44,7 +44,7 @@ class Start:
 @dataclass(slots=True, kw_only=True)
 class Process:
     """A running worker. draw: what it was told to run last; launched: with which plan, once that
-    is known.
+    is known. allowed: seconds for the step that it is at, until `deadline`.
     """
 
     start: Start
@@ -53,6 +53,7 @@ class Process:
     draw: Draw | None = None
     launched: Draw | None = None
     patience: float = float("inf")
+    allowed: float = float("inf")
     deadline: float = float("inf")
     ready: bool = False
     ended: bool = False
@@ -75,7 +76,7 @@ class Process:
             )
         assert popen.stdout is not None
         os.set_blocking(popen.stdout.fileno(), False)
-        return cls(start=start, popen=popen, deadline=time.monotonic() + patience)
+        return cls(start=start, popen=popen, allowed=patience, deadline=time.monotonic() + patience)
 
     @property
     def idle(self) -> bool:
@@ -107,7 +108,8 @@ class Process:
         return True
 
     def _wait_again(self, times: int = 1) -> None:
-        self.deadline = time.monotonic() + times * self.patience
+        self.allowed = times * self.patience
+        self.deadline = time.monotonic() + self.allowed
 
     def read(self) -> list[dict[str, Any]]:
         """What it said since; `ended` is set at the end of its output."""
@@ -128,6 +130,10 @@ class Process:
     def late(self) -> bool:
         """Whether its time is over."""
         return time.monotonic() > self.deadline
+
+    def how_late(self) -> str:
+        """In words: the time that it had for its last step."""
+        return f"no answer within {self.allowed:g} s"
 
     def kill(self) -> None:
         """End it, whatever it does."""
