@@ -54,7 +54,7 @@ def test_check_is_the_default_and_writes_a_record(tmp_path, capsys):
 
 
 def test_selection_by_dtype_and_mode(tmp_path):
-    _, record = run(tmp_path, "--dtypes", "float16", "--modes", "exact")
+    _, record = run(tmp_path, "--full", "--dtypes", "float16", "--modes", "exact")
     assert {(o["dtype"], o["mode"]) for o in record["outcomes"]} == {("float16", "exact")}
 
 
@@ -303,7 +303,7 @@ def test_nothing_selected_is_no_success_and_leaves_records_alone(tmp_path, capsy
     file = tmp_path / "check.json"
     file.write_text("{}")
     with pytest.raises(SystemExit, match="nothing was selected"):
-        cli.main([*ARGUMENTS, "--json", str(file), "--renew", str(file), *option])
+        cli.main([*ARGUMENTS, "--json", str(file), *option])
     assert file.read_text() == "{}"
     assert "passed" not in capsys.readouterr().out
 

@@ -10,7 +10,6 @@ from commands import on_the_cpu
 from sample_records import MACHINE, head, outcome
 
 import scattermoe_lora
-from verify import records
 from verify.record_check import Sources, inspect
 from verify.records import selection_of, summary_of
 from verify.run import Outcome, Selection, dtype_name
@@ -282,43 +281,3 @@ def test_the_command(tmp_path, judged, whole, capsys):
     listed = json.loads(record.read_text())["records"]
     assert [item["state"] for item in listed] == ["stale", "good"]
     assert on_the_cpu([*words, "--release"]) == 1
-
-
-def outcome_of(case: str, status: str) -> dict:
-    """One outcome of a made-up problem."""
-    return {
-        "kernel": "combine", "path": "", "plan": "default", "case": case, "dtype": "float32",
-        "mode": "balanced", "status": status, "ratio": 0.5, "measure": "row", "where": {},
-        "reason": "", "ratios": {},
-    }  # fmt: skip
-
-
-def run_of(*outcomes: dict, seed: int = 0, driver: str = "1") -> dict:
-    """A record of such outcomes."""
-    failed = sum(outcome["status"] == "failed" for outcome in outcomes)
-    return {
-        "schema": 1, "command": "check", "seed": seed, "fingerprint": {"combine": "a"},
-        "environment": {"driver": driver}, "seconds": 1.0, "outcomes": list(outcomes),
-        "summary": {"failed": failed, "complete": True},
-    }  # fmt: skip
-
-
-def test_a_later_run_takes_the_place_of_its_problems_alone():
-    before = run_of(outcome_of("a", "passed"), outcome_of("b", "failed"))
-    after = records.renewed(before, run_of(outcome_of("b", "passed")))
-    assert [outcome["case"] for outcome in after["outcomes"]] == ["a", "b"]
-    assert after["summary"]["failed"] == 0
-    assert after["summary"]["passed"] == 2
-
-
-@pytest.mark.parametrize(
-    ("newer", "words"),
-    [
-        (run_of(outcome_of("b", "passed"), seed=1), "differ in seed"),
-        (run_of(outcome_of("b", "passed"), driver="2"), "driver 1, the new run with 2"),
-        (run_of(outcome_of("c", "passed")), "has no combine c"),
-    ],
-)
-def test_another_run_is_not_mixed_in(newer, words):
-    with pytest.raises(ValueError, match=words):
-        records.renewed(run_of(outcome_of("b", "failed")), newer)

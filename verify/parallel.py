@@ -14,7 +14,7 @@ import torch
 from .cases import Case
 from .children import pool
 from .environment import prepare_interpreter
-from .run import Outcome, Problem, Selection
+from .run import Outcome, Problem, ProblemName, Selection
 
 _FEW = 24
 """Fewer problems than this are done before a second process has started."""
@@ -80,7 +80,7 @@ def admitted(
 def checked(
     problems: Sequence[Problem], selection: Selection, *, workers: int
 ) -> Iterator[tuple[Problem, Sequence[Outcome]]]:
-    """Every problem with its outcomes, in the order in which they are done.
+    """Some problems of a selection with their outcomes, in the order in which they are done.
 
     Problems of one case go to one process, which builds their routing once.
     """
@@ -97,6 +97,9 @@ def checked(
     def size(batch: list[int]) -> int:
         return max(footprint(problems[i].spec.name, problems[i].case) for i in batch)
 
+    def named(batch: list[int]) -> list[ProblemName]:
+        return [problems[i].name for i in batch]
+
     space = room(device)
     waiting = sorted(batches, key=size, reverse=True)
     running: dict[Future[list[list[Outcome]]], list[int]] = {}
@@ -105,7 +108,7 @@ def checked(
             taken = sum(size(batch) for batch in running.values())
             for batch in admitted(waiting, taken, workers - len(running), space, size):
                 waiting.remove(batch)
-                running[executor.submit(_check, selection, str(device), batch)] = batch
+                running[executor.submit(_check, selection, str(device), named(batch))] = batch
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 for index, outcomes in zip(running.pop(future), future.result(), strict=True):
@@ -117,12 +120,13 @@ def _start(device: str) -> None:
     torch.set_num_threads(1)
 
 
-def _check(selection: Selection, device: str, indices: list[int]) -> list[list[Outcome]]:
+def _check(selection: Selection, device: str, names: list[ProblemName]) -> list[list[Outcome]]:
     from .commands.common import package
     from .specs import KERNELS
 
-    problems = selection.problems(package(), KERNELS, torch.device(device))
-    found = [list(problems[index].check(selection.wants)) for index in indices]
+    every = selection.problems(package(), KERNELS, torch.device(device))
+    problems = {problem.name: problem for problem in every}
+    found = [list(problems[name].check(selection.wants)) for name in names]
     if torch.device(device).type == "cuda":
         # Other processes are promised this memory.
         torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ import torch
 from .environment import gpu_directory_name
 from .gate_cases import suite
 from .records import SCHEMA, fingerprints, selection_of, summary_of
-from .run import Outcome, Selection, dtype_name
+from .run import Outcome, ProblemName, Selection
 from .spec import KernelSpec
 
 CHECK = "check.json"
@@ -50,28 +50,22 @@ _COMMANDS = {"gate-samples": "gate", "gate-planted": "gate"}
 _WITHOUT_DEVICE = ("compile", "qualify")
 _SHOWN = 4
 
-Key = tuple[str, str, str, str]
-"""Kernel, case, dtype and mode of one problem."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """Today's sources: hash of each kernel, and the problems of a selection."""
 
     fingerprint: Mapping[str, str]
-    enumerate: Callable[[Selection], frozenset[Key]]
+    enumerate: Callable[[Selection], frozenset[ProblemName]]
 
     @classmethod
     def of(cls, lib: ModuleType, kernels: tuple[KernelSpec, ...]) -> "Sources":
         """The sources of a package; needs no GPU."""
 
         @cache
-        def enumerated(selection: Selection) -> frozenset[Key]:
+        def enumerated(selection: Selection) -> frozenset[ProblemName]:
             problems = selection.problems(lib, kernels, torch.device("cuda"))
-            return frozenset(
-                (item.spec.name, item.case.name, dtype_name(item.dtype), item.mode)
-                for item in problems
-            )
+            return frozenset(item.name for item in problems)
 
         found = fingerprints(Path(lib.__path__[0]), kernels)
         return cls(fingerprint=found, enumerate=enumerated)
@@ -124,7 +118,8 @@ def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> V
         state, reason = "missing", f"{what}: {file}"
     else:
         try:
-            record = _read(file)
+            record = read_record(file)
+            _demand_machine(record, file)
             command = record["command"]
             options = _OPTIONS.get(command, ())
             days = (now - datetime.fromisoformat(record["started"])).total_seconds() / 86400
@@ -163,7 +158,7 @@ def refresh_command(command: str, file: Path, options: Sequence[str]) -> str:
     return " ".join((*words, "--json", str(path)))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_record(file: Path) -> dict[str, Any]:
     """A record with a good head.
 
     Raises:
@@ -182,12 +177,16 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"started is {record['started']!r}, not a time") from error
     if started.tzinfo is None:
         raise ValueError(f"started is {record['started']!r}, without a time zone")
+    return record
+
+
+def _demand_machine(record: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError where a record of `check` is not of the GPU whose directory it is in."""
     device = record["environment"].get("device")
     if record["environment"].get("interpreted") and file.name == CHECK:
         raise ValueError(f"it was made by the interpreter on {device}, not on a GPU")
     if file.name == CHECK and gpu_directory_name(str(device)) != file.parent.name:
         raise ValueError(f"it was made on {device!r}, and its directory is {file.parent.name}")
-    return record
 
 
 def _demand_types(value: Any, wanted: Mapping[str, tuple[type, ...]], what: str) -> None:
@@ -205,14 +204,14 @@ def _demand_types(value: Any, wanted: Mapping[str, tuple[type, ...]], what: str)
 
 def _judge_check(record: dict[str, Any], sources: Sources, *, release: bool) -> tuple[str, str]:
     """State and reason of a record of `check`."""
-    outcomes, selection = _outcomes(record), _selection(record)
+    outcomes, selection = outcomes_of(record), _selection(record)
     bad = [item for item in outcomes if item.status in ("failed", "error")]
     if bad:
         return "failed", f"{len(bad)} of {len(outcomes)} outcomes are no success: {bad[0]}"
     if not record["summary"]["complete"]:
         return "incomplete", f"the run was interrupted after {len(outcomes)} outcomes"
     wanted = sources.enumerate(selection)
-    have = {(item.kernel, item.case, item.dtype, item.mode) for item in outcomes}
+    have = {item.problem for item in outcomes}
     if have != wanted or not have:
         parts = (("missing", wanted - have), ("not enumerated by the specs", have - wanted))
         texts = [f"{len(keys)} {what}: {_few(map(' '.join, keys))}" for what, keys in parts if keys]
@@ -256,7 +255,7 @@ def _judge_gate(record: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _outcomes(record: dict[str, Any]) -> list[Outcome]:
+def outcomes_of(record: Mapping[str, Any]) -> list[Outcome]:
     """The outcomes of a record of `check`.
 
     Raises:

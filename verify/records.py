@@ -45,8 +45,8 @@ class Recorder:
     ) -> None:
         self.outcomes: list[Outcome] = []
         self._path = path
-        self._start = time.monotonic()
-        self._written = self._start
+        self._start = self._written = time.monotonic()
+        self._earlier = 0.0
         self._head = {
             "schema": SCHEMA,
             "command": command,
@@ -57,6 +57,11 @@ class Recorder:
             **({} if selection is None else {"selection": dict(selection)}),
         }
 
+    def resume(self, outcomes: Iterable[Outcome], seconds: float) -> None:
+        """Take over what an earlier run found in so many seconds."""
+        self.outcomes += outcomes
+        self._earlier += seconds
+
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome; writes the file now and then."""
         self.outcomes.append(outcome)
@@ -65,7 +70,7 @@ class Recorder:
 
     def record(self, *, complete: bool) -> dict[str, Any]:
         """The record as plain JSON values."""
-        seconds = round(time.monotonic() - self._start, 3)
+        seconds = round(self._earlier + time.monotonic() - self._start, 3)
         summary = {**summary_of(self.outcomes), "seconds": seconds, "complete": complete}
         outcomes = [outcome.as_json() for outcome in self.outcomes]
         return {**self._head, "seconds": seconds, "summary": summary, "outcomes": outcomes}
@@ -79,46 +84,9 @@ class Recorder:
 
 def selection_of(selection: Selection) -> dict[str, Any]:
     """A selection as plain JSON values, without its seed, which every record has."""
-    return {key: value for key, value in asdict(selection).items() if key != "seed"}
-
-
-def renewed(record: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of `check` with the outcomes of a later run of some of its problems put in place.
-
-    Raises:
-        ValueError: the runs differ in sources, versions, GPU or seed, or the later one ran problems
-            that the record does not have.
-    """
-    for part in ("schema", "command", "seed", "fingerprint"):
-        if record[part] != newer[part]:
-            raise ValueError(f"the record and the new run differ in {part}")
-    for name in ("python", "torch", "triton", "cuda", "driver", "device"):
-        before, now = record["environment"].get(name), newer["environment"].get(name)
-        if before != now:
-            raise ValueError(f"the record was made with {name} {before}, the new run with {now}")
-    later: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for outcome in newer["outcomes"]:
-        later.setdefault(_problem_of(outcome), []).append(outcome)
-    unknown = later.keys() - {_problem_of(outcome) for outcome in record["outcomes"]}
-    if unknown:
-        raise ValueError(f"the record has no {' '.join(sorted(unknown)[0])}")
-    outcomes: list[dict[str, Any]] = []
-    for outcome in record["outcomes"]:
-        problem = _problem_of(outcome)
-        if problem not in later:
-            outcomes.append(outcome)
-        else:
-            outcomes.extend(later[problem])
-            later[problem] = []
-    seconds = round(record["seconds"] + newer["seconds"], 3)
-    complete = record["summary"]["complete"] and newer["summary"]["complete"]
-    counts = summary_of(Outcome(**outcome) for outcome in outcomes)
-    summary = {**counts, "seconds": seconds, "complete": complete}
-    return {**record, "seconds": seconds, "summary": summary, "outcomes": outcomes}
-
-
-def _problem_of(outcome: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(outcome[part] for part in ("kernel", "case", "dtype", "mode"))
+    values: dict[str, Any] = plain(asdict(selection))
+    del values["seed"]
+    return values
 
 
 def summary_of(outcomes: Iterable[Outcome]) -> dict[str, int]:

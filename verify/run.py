@@ -29,6 +29,10 @@ LEAST_SHARE = 0.3
 _DRAWS = 8
 
 
+ProblemName = tuple[str, str, str, str]
+"""Kernel, case, dtype and mode of one problem."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of one check.
@@ -60,6 +64,11 @@ class Outcome:
     def key(self) -> tuple[str, ...]:
         """What was checked, without what came of it."""
         return (self.kernel, self.path, self.plan, self.case, self.dtype, self.mode)
+
+    @property
+    def problem(self) -> ProblemName:
+        """The problem that this is an outcome of."""
+        return (self.kernel, self.case, self.dtype, self.mode)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -136,6 +145,11 @@ class Problem:
     device: torch.device
     seed: int = 0
     bench: Workbench = field(default_factory=Workbench)
+
+    @property
+    def name(self) -> ProblemName:
+        """What tells it from the others of a selection."""
+        return (self.spec.name, self.case.name, dtype_name(self.dtype), self.mode)
 
     def draw(self) -> Inputs:
         """Inputs whose terms all matter; redrawn, within reason, until they do.

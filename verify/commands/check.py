@@ -1,14 +1,13 @@
 """Every kernel, path, case and dtype against the truth."""
 
 import argparse
-import json
 import os
 import shlex
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,6 +22,10 @@ from .common import (
     prepare,
     source_directory,
 )
+
+if TYPE_CHECKING:
+    from ..records import Recorder
+    from ..run import Problem
 
 _PER_GPU = 8
 """Processes beside one GPU: each has a context of some hundred megabytes."""
@@ -39,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"processes; one per core, on a GPU at most {_PER_GPU}",
     )
     parser.add_argument(
-        "--renew",
+        "--resume",
         type=Path,
-        metavar="RECORD",
-        help="put these outcomes in place of a record's, made with the same sources and machine",
+        metavar="FILE",
+        help="keep what this record of the same selection and machine found right of kernels that "
+        "are as they were",
     )
     parser.add_argument(
         "--failures",
@@ -98,7 +102,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..findings import write_failure
     from ..inputs import DTYPES, MODES
     from ..parallel import checked
-    from ..records import Recorder, fingerprints, plain, renewed, selection_of, write_json
+    from ..records import Recorder, fingerprints, selection_of
     from ..report import failure_line, print_report
     from ..run import Selection
     from ..specs import KERNELS
@@ -131,6 +135,8 @@ def main(arguments: argparse.Namespace) -> int:
         fingerprint=fingerprints(source_directory(), KERNELS),
         selection=selection_of(selection),
     )
+    if arguments.resume and arguments.resume.is_file():
+        problems = _open(problems, arguments.resume, recorder)
     if device.type == "cpu":
         # The interpreter's arrays are small: threads only cost.
         torch.set_num_threads(1)
@@ -160,9 +166,6 @@ def main(arguments: argparse.Namespace) -> int:
             recorder.write(complete=complete)
     if not recorder.outcomes:
         raise SystemExit("nothing was selected: no kernel has these cases, dtypes, modes and paths")
-    if arguments.renew:
-        old = json.loads(arguments.renew.read_text())
-        write_json(arguments.renew, renewed(old, plain(recorder.record(complete=complete))))
     print_report(
         Console(),
         recorder.outcomes,
@@ -171,6 +174,20 @@ def main(arguments: argparse.Namespace) -> int:
     )
     wrong = any(not outcome.ok for outcome in recorder.outcomes)
     return int(_absent(selection, recorder.outcomes, device, console) or wrong)
+
+
+def _open(problems: Sequence["Problem"], file: Path, recorder: "Recorder") -> tuple["Problem", ...]:
+    """The problems that a record leaves open; what it says of the others is taken over."""
+    from ..resume import kept
+
+    names = {problem.name for problem in problems}
+    try:
+        outcomes, seconds = kept(file, recorder.record(complete=False), names)
+    except ValueError as error:
+        raise SystemExit(f"--resume: {file}: {error}") from None
+    recorder.resume(outcomes, seconds)
+    done = {outcome.problem for outcome in outcomes}
+    return tuple(problem for problem in problems if problem.name not in done)
 
 
 def _absent(
