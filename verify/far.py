@@ -1,13 +1,16 @@
 """Checks with operands whose elements lie more than 2^31 elements apart.
 
-A 32-bit offset misses them. The storage is address space of which only the touched pages exist, so
-this runs on a CPU with little memory, and without guards. One dimension at a time is stretched, of
-every operand that has it.
+A 32-bit offset misses them. The storage of the operands of one type is shared: they lie side by
+side, and the dimension that is stretched, one at a time, takes each of them through all of it. On a
+CPU it is address space of which only the touched pages exist, on a GPU memory, 4 GiB for 16 bits.
+There are no guards.
 """
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +26,10 @@ from .models import Arithmetic
 from .spec import KernelSpec
 
 _SPAN = 2**31 + 2**20
+_LINE = 16
+"""Operands start and are stretched at multiples of so many elements, as allocations are."""
 FAR_DIMS = (-1, -2, -3)
+_CPU = torch.device("cpu")
 _GAP = 3
 _EMPTY = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format)
 _KEPT = ("top_k_index",)
@@ -43,11 +49,17 @@ def far_cases(spec: KernelSpec) -> tuple[Case, ...]:
 
 def stretched(inputs: Inputs, dim: int) -> Inputs:
     """The same values, dimension `dim` of each operand spread over 2^31 elements."""
-    tensors = {
-        name: value if name in _KEPT or value.ndim < -dim else _far(value, dim)
+    moved = {
+        name: value
         for name, value in inputs.tensors.items()
+        if name not in _KEPT and _stretches(value, dim)
     }
-    return replace(inputs, tensors=tensors)
+    for dtype in {value.dtype for value in moved.values()}:
+        own = [name for name, value in moved.items() if value.dtype == dtype]
+        views = _far([moved[name] for name in own], dim)
+        for name, view in zip(own, views, strict=True):
+            moved[name] = view.copy_(moved[name])
+    return replace(inputs, tensors={**inputs.tensors, **moved})
 
 
 class FarOutputs(TorchDispatchMode):
@@ -71,33 +83,52 @@ class FarOutputs(TorchDispatchMode):
         if result.shape[-1] == self._narrow or (self._dim == -2 and result.ndim > 2):
             return result
         if self._dim == -2:
-            return _far(result, -2, copied=False)
+            return _far([result], -2)[0].fill_(torch.nan) if _stretches(result, -2) else result
         return result.new_empty((*result.shape, _GAP)).select(-1, 0) if self._dim == -1 else result
 
 
-def _far(value: Tensor, dim: int, *, copied: bool = True) -> Tensor:
-    extent = value.shape[dim]
-    if extent < 2 or value.numel() == 0:
-        return value
-    stride = list(torch.empty(value.shape, device="meta").stride())
-    stride[dim] = -(-_SPAN // (extent - 1)) // 16 * 16
-    span = 1 + sum((size - 1) * step for size, step in zip(value.shape, stride, strict=True))
+def _stretches(value: Tensor, dim: int) -> bool:
+    return value.ndim >= -dim and value.shape[dim] > 1 and value.numel() > 0
+
+
+def _far(values: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Tensors like these of one dtype, not filled, whose dimension `dim` is spread.
+
+    The last elements of any two lie equally far from their first but for what strides are rounded,
+    less than _LINE times the extent: so far apart they start.
+    """
+    gap = _LINE * max(value.shape[dim] for value in values)
+    starts = list(accumulate((value.numel() + gap) // _LINE * _LINE + gap for value in values))
+    flat = _space(_SPAN + starts[-1], values[0].dtype, values[0].device)
+    views = []
+    for value, start in zip(values, (0, *starts), strict=False):
+        stride = list(torch.empty(value.shape, device="meta").stride())
+        stride[dim] = -(-_SPAN // (value.shape[dim] - 1)) // _LINE * _LINE
+        views.append(flat.as_strided(value.shape, stride, start))
+    return views
+
+
+def _space(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(elements, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, span * value.itemsize, flags=flags)
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype)
-    view = flat.as_strided(value.shape, stride)
-    return view.copy_(value) if copied else view
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)
 
 
 class FarBench:
-    """Runs specs on stretched operands; inputs and references are made once.
+    """Runs specs on stretched operands; inputs and references are made once, and on a CPU, where
+    they cost nothing, the stretched operands too.
 
     prepare: (lib, spec, inputs) -> what the spec finds in `inputs.prepared`.
     """
 
-    def __init__(self, prepare: Callable[[ModuleType, KernelSpec, Inputs], Any]) -> None:
+    def __init__(
+        self, prepare: Callable[[ModuleType, KernelSpec, Inputs], Any], device: torch.device = _CPU
+    ) -> None:
         self.prepare = prepare
+        self._device = device
         self._known: dict[str, tuple[Far, ...]] = {}
 
     def ratios(
@@ -105,11 +136,13 @@ class FarBench:
     ) -> Iterator[tuple[str, str, float]]:
         """(path, case and stretched dimension, worst error over its limit) of every quick plan."""
         if spec.name not in self._known:
-            self._known[spec.name] = tuple(_far_of(spec, case) for case in far_cases(spec))
+            self._known[spec.name] = tuple(
+                _far_of(spec, case, self._device) for case in far_cases(spec)
+            )
         for known in self._known[spec.name]:
             prepared = self.prepare(lib, spec, known.inputs)
-            for dim, apart in known.apart.items():
-                inputs = replace(apart, prepared=prepared)
+            for dim in FAR_DIMS:
+                inputs = replace(known.apart(dim), prepared=prepared)
                 name = f"{known.inputs.case.name}, dimension {dim}"
                 for plan in spec.plans(lib, inputs):
                     if plan.quick and not plan.unavailable and (not paths or plan.path in paths):
@@ -120,19 +153,21 @@ class FarBench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Far:
-    """Inputs of a spec, what it should make of them, and the inputs stretched in each dimension."""
+    """Inputs of a spec, what it should make of them, and the inputs stretched in a dimension."""
 
     inputs: Inputs
     expected: Mapping[str, Expected]
-    apart: Mapping[int, Inputs]
+    apart: Callable[[int], Inputs]
 
 
-def _far_of(spec: KernelSpec, case: Case) -> Far:
+def _far_of(spec: KernelSpec, case: Case, device: torch.device) -> Far:
     mode = "exact" if "exact" in spec.modes else "balanced"
-    inputs = spec.inputs(case, torch.float16, mode, torch.device("cpu"))
+    inputs = spec.inputs(case, torch.float16, mode, device)
     with torch.enable_grad():
         expected = spec.reference(inputs, Arithmetic())
-    apart = {dim: stretched(inputs, dim) for dim in FAR_DIMS}
+    apart: Callable[[int], Inputs] = partial(stretched, inputs)
+    if device.type == "cpu":
+        apart = cache(apart)
     return Far(inputs=inputs, expected=expected, apart=apart)
 
 
