@@ -1,15 +1,19 @@
 """The calibration: right simulated kernels raise no alarm, and faults that matter are seen."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from conftest import DEVICE
 from verify import calibrate
+from verify.cases import SMOKE
 from verify.cli import main
 from verify.commands.calibrate import detection, markdown
 from verify.inputs import DTYPES
 from verify.references import Groups
+from verify.specs import KERNELS
 
 pytestmark = pytest.mark.correctness
 
@@ -90,7 +94,66 @@ def test_the_table_counts_what_was_seen():
     ]
     (row,) = detection(found)
     assert (row["cases"], row["seen"], row["measure"]) == (2, 1, "row")
-    assert "| a | 3.0e-01 | 1 of 2 | row |" in markdown({"detection": [row]})
+    summary = {"groups": 123_456, "groups_of_kernels": 1_000, "alarms": 2, "worst": 0.789}
+    sentence, _, *table = markdown({"detection": [row], "summary": summary}).splitlines()
+    assert sentence == (
+        "2 alarms on 123,456 groups of right results (1,000 of kernels); the largest error is "
+        "0.79 of its limit"
+    )
+    assert table[-1] == "| a | 3.0e-01 | 1 of 2 | row |"
+    assert len({line.count("|") for line in table}) == 1
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Calibrates with one case and one fault; returns the record, and how many problems it ran."""
+    combine = next(spec for spec in KERNELS if spec.name == "combine")
+    combine = dataclasses.replace(combine, cases=SMOKE[:1])
+    monkeypatch.setattr("verify.specs.KERNELS", (combine,))
+    monkeypatch.setattr(calibrate, "FAULTS", {"bias lost": calibrate.FAULTS["bias lost"]})
+    judged, tally = [], calibrate.kernel_tally
+
+    def counted(lib, problem):
+        judged.append(problem)
+        return tally(lib, problem)
+
+    monkeypatch.setattr(calibrate, "kernel_tally", counted)
+
+    def calibrated(*words: str) -> tuple[dict, int]:
+        judged.clear()
+        path = tmp_path / "calibrate.json"
+        words = ("--groups", "1", "--draws", "1", "--device", DEVICE, *words)
+        assert main(["calibrate", "--resume", str(path), *words]) == 0
+        return json.loads(path.read_text()), len(judged)
+
+    return calibrated
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "kept"),
+    [
+        ("summary", "groups", True),
+        ("fingerprint", "combine", False),
+        ("environment", "device", False),
+        ("environment", "triton", False),
+    ],
+)
+def test_what_other_kernels_or_another_machine_did_is_not_kept(run, tmp_path, part, key, kept):
+    first, judged = run()
+    assert judged == len(first["tallies"]) > 1
+    first[part][key] = "another"
+    first["tallies"]["simulated 7"] = {"groups": 5, "worst": 0.5, "alarms": []}
+    (tmp_path / "calibrate.json").write_text(json.dumps(first))
+    again, rerun = run()
+    assert rerun == (0 if kept else judged)
+    assert again["tallies"] == first["tallies"]
+    assert again["faults"] == first["faults"]
+    assert again["summary"]["groups"] == again["summary"]["groups_of_kernels"] + 5
+
+
+def test_the_rates_are_written_for_a_readme(run, tmp_path):
+    record, _ = run("--markdown", str(tmp_path / "new" / "rates.md"))
+    assert (tmp_path / "new" / "rates.md").read_text() == markdown(record) + "\n"
 
 
 def test_what_another_seed_found_is_neither_kept_nor_lost(tmp_path):

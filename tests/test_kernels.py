@@ -3,6 +3,9 @@ bitwise.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from hypothesis import strategies as st
 import scattermoe_lora as lib
 from conftest import DEVICE
 from verify.coverage import boundaries, tails
+from verify.findings import read, write_failure
 from verify.inputs import DTYPES
+from verify.report import failure_line
 from verify.routings import expert_counts
-from verify.run import Problem, Selection, dtype_name, guarded_run
+from verify.run import Outcome, Problem, Selection, dtype_name, guarded_run
 from verify.spec import KernelSpec
 from verify.specs import KERNELS
 from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
@@ -25,16 +30,38 @@ pytestmark = pytest.mark.correctness
 QUICK = Selection(quick=True).problems(lib, KERNELS, torch.device(DEVICE))
 
 
+def told(problem: Problem, outcomes: Iterable[Outcome], directory: Path) -> str:
+    """What is not right, a line each that ends with the command which reruns it."""
+    return "\n".join(
+        failure_line(
+            outcome,
+            f"python -m verify replay {write_failure(directory, outcome, problem)} "
+            f"--device {DEVICE}",
+        )
+        for outcome in outcomes
+        if not outcome.ok
+    )
+
+
 def name(problem: Problem) -> str:
     words = (problem.spec.name, problem.case.name, dtype_name(problem.dtype), problem.mode)
     return "-".join(words)
 
 
 @pytest.mark.parametrize("problem", QUICK, ids=name)
-def test_kernel_agrees_with_its_reference(problem):
+def test_kernel_agrees_with_its_reference(problem, tmp_path):
     outcomes = list(problem.check(lambda plan: plan.quick))
     assert outcomes
-    assert not [str(outcome) for outcome in outcomes if not outcome.ok]
+    assert all(outcome.ok for outcome in outcomes), told(problem, outcomes, tmp_path)
+
+
+def test_a_failure_is_told_whole_and_can_be_rerun(tmp_path):
+    problem = replace(QUICK[-1], spec=replace(QUICK[-1].spec, run=lambda lib, inputs, plan: {}))
+    outcomes = list(problem.check(lambda plan: plan.quick))
+    *lines, last = told(problem, outcomes, tmp_path).splitlines()
+    assert len(lines) + 1 == len(list(tmp_path.iterdir())) == len(outcomes)
+    file = Path(last.split("; rerun: python -m verify replay ")[1].split()[0])
+    assert read(file).draw.case == problem.case
 
 
 TILED = {spec.name: spec for spec in KERNELS if spec.name in {o.value for o in lib.Operation}}
@@ -105,11 +132,12 @@ def test_repeated_runs_agree_bitwise(spec):
 
 
 @given(case=cases(), dtype=st.sampled_from(list(DTYPES.values())), spec=st.sampled_from((0, 1)))
-def test_any_small_problem(case, dtype, spec):
+def test_any_small_problem(tmp_path_factory, case, dtype, spec):
     kernel = (SCATTER2SCATTER, LORA_FORWARD)[spec]
     mode = "exact" if case.seed % 2 else "balanced"
     problem = Problem(
         lib=lib, spec=kernel, case=case, dtype=dtype, mode=mode, device=torch.device(DEVICE)
     )
     first = next(iter(problem.check(lambda plan: plan.quick)))
-    assert first.ok or "could not see it lost" in first.reason, str(first)
+    harmless = first.ok or "could not see it lost" in first.reason
+    assert harmless, told(problem, [first], tmp_path_factory.mktemp("failures"))

@@ -1,11 +1,20 @@
-"""The routings that verify draws are what their names say."""
+"""The routings that verify draws are what their names say, and failures shrink to small ones."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
-from verify.cases import CASES, tagged
+import scattermoe_lora as lib
+from conftest import DEVICE
+from scattermoe_lora._row_tiles import ROW_TILES
+from verify.captured import FAMILIES
+from verify.cases import CASES, Case, tagged
+from verify.inputs import DTYPES
+from verify.models import Arithmetic
 from verify.routings import (
     DROPPING,
     KINDS,
@@ -14,10 +23,13 @@ from verify.routings import (
     describe_counts,
     expert_counts,
 )
-from verify.strategies import cases, routing_kinds
+from verify.run import Outcome, Problem
+from verify.specs.linear import SCATTER2SCATTER
+from verify.strategies import captured_cases, cases, routing_kinds
 
 pytestmark = pytest.mark.correctness
 
+CPU = torch.device("cpu")
 SIZES = {"tokens": 40, "top_k": 2, "experts": 6, "seed": 3}
 
 
@@ -94,3 +106,82 @@ def test_case_names_are_unique():
 @given(case=cases())
 def test_drawn_cases_are_no_larger_than_the_written_ones(case):
     assert case.rows <= max(written.rows for written in tagged("smoke", "edge"))
+
+
+def counts_of(case: Case) -> list[int]:
+    sizes = {"tokens": case.tokens, "top_k": case.top_k, "experts": case.experts}
+    return expert_counts(case.routing.draw(**sizes, seed=case.seed), case.experts)
+
+
+def smallest(wanted: Callable[[Case], bool], **changes) -> Case:
+    """The first case that is drawn and wanted, shrunk."""
+    options = settings(max_examples=3000, derandomize=True, database=None, **changes)
+    return find(cases(), wanted, settings=options)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        (lambda case: case.tokens == 0, 0),
+        (lambda case: case.tokens == 1, 1),
+        (lambda case: 0 < case.tokens < case.top_k, 2),
+        (lambda case: case.top_k == case.experts > 1 and case.tokens, 2),
+        (lambda case: sum(counts_of(case)) < case.rows, 1),
+        (lambda case: case.experts > 1 and counts_of(case)[-1] == case.rows > 0, 1),
+        (lambda case: counts_of(case)[0] == 0 < sum(counts_of(case)), 1),
+        (lambda case: case.routing.name == "alternating" and max(counts_of(case)) >= 20, 20),
+    ],
+    ids=[
+        *("no tokens", "one token", "fewer tokens than choices", "every expert chosen"),
+        *("dropped slots", "the last takes all", "the first is empty", "nothing beside many"),
+    ],
+)
+def test_every_corner_of_a_routing_is_drawn_and_shrinks_to_its_smallest(wanted, rows):
+    found = smallest(wanted)
+    assert found.rows == rows
+    assert (found.k_in, found.n_out, found.rank) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("height", ROW_TILES)
+@pytest.mark.parametrize("step", [-1, 0, 1], ids=["under", "at", "over"])
+def test_rows_around_the_height_of_every_tile_are_drawn(height, step):
+    assert set(ROW_TILES) <= set(TILE_HEIGHTS)
+    found = smallest(lambda case: height + step in counts_of(case), phases=(Phase.generate,))
+    assert height + step in counts_of(found)
+
+
+def stops_after_16_rows(lib, inputs, plan):
+    """Y of a kernel that leaves out all rows of an expert but its first 16."""
+    del lib, plan
+    y = SCATTER2SCATTER.reference(inputs, Arithmetic())["y"].value.to(inputs.dtype)
+    owner = inputs["top_k_index"].reshape(-1)
+    for expert in range(inputs.case.experts):
+        y[torch.nonzero(owner == expert).flatten()[16:]] = 0
+    return {"y": y}
+
+
+def test_a_failure_shrinks_to_a_small_problem_and_tells_rows_per_expert():
+    spec = replace(SCATTER2SCATTER, run=stops_after_16_rows, prepare=None)
+
+    def outcome(case: Case) -> Outcome:
+        case = replace(case, source="TOKEN", target="SLOT")
+        problem = Problem(
+            lib=lib, spec=spec, case=case, dtype=torch.float32, mode="exact", device=CPU
+        )
+        return next(iter(problem.check(lambda plan: plan.quick)))
+
+    found = smallest(lambda case: case.rows > 16 and outcome(case).status == "failed")
+    assert (found.rows, found.experts, found.k_in, found.n_out) == (17, 1, 1, 1)
+    assert str(outcome(found)).endswith("; rows per expert [17]")
+
+
+@given(case=captured_cases(), dtype=st.sampled_from(list(DTYPES.values())))
+@settings(max_examples=6)
+def test_rows_and_routings_of_real_models_are_drawn(case, dtype):
+    device = torch.device(DEVICE)
+    problem = Problem(
+        lib=lib, spec=SCATTER2SCATTER, case=case, dtype=dtype, mode="balanced", device=device
+    )
+    first = next(iter(problem.check(lambda plan: plan.quick)))
+    assert case.family in FAMILIES
+    assert first.ok or "could not see it lost" in first.reason, str(first)

@@ -4,8 +4,9 @@ well.
 
 from hypothesis import strategies as st
 
+from .captured import FAMILIES
 from .cases import LAYOUTS, ORDERS, VALUES, Case
-from .routings import KINDS, RoutingKind
+from .routings import KINDS, TILE_HEIGHTS, RoutingKind
 
 _PARAMETERS = {
     "one": st.tuples(st.integers(0, 7)),
@@ -13,7 +14,7 @@ _PARAMETERS = {
     "power": st.tuples(st.integers(1, 4)),
     "holes": st.tuples(st.integers(0, 100)),
     "sentinels": st.tuples(st.integers(0, 100)),
-    "boundary": st.tuples(st.sampled_from((16, 32, 64, 128)), st.integers(0, 2)),
+    "boundary": st.tuples(st.sampled_from(TILE_HEIGHTS), st.integers(0, 2)),
 }
 
 
@@ -46,5 +47,24 @@ def cases(draw: st.DrawFn, *, largest_rows: int = 160, largest_width: int = 160)
         lora_dtype=draw(st.sampled_from(("same", "float32"))),
         scaling=draw(st.sampled_from((1.7, -1.3, 0.5))),
         values=draw(st.sampled_from(VALUES)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@st.composite
+def captured_cases(draw: st.DrawFn) -> Case:
+    """A small case whose rows, weights and routing are those of a transformers model on text."""
+    experts = draw(st.integers(1, 8))
+    return Case(
+        name="captured",
+        family=draw(st.sampled_from(FAMILIES)),
+        tokens=draw(st.integers(1, 40)),
+        experts=experts,
+        top_k=draw(st.integers(1, min(experts, 4))),
+        k_in=4 * draw(st.integers(1, 20)),
+        n_out=2 * draw(st.integers(1, 40)),
+        rank=draw(st.integers(1, 40)),
+        target=draw(st.sampled_from(ORDERS[1:])),
+        bias=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
     )

@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +22,8 @@ from .common import add_common, count, package, prepare, source_directory
 _GROUPS = 100_000
 _DRAWS = 20
 _INTERVAL = 10.0
+_KERNEL = "kernel "
+"""What keys of the tallies of kernels start with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=count, default=_DRAWS, metavar="N", help="cases per fault")
     parser.add_argument("--no-kernels", action="store_true", help="simulated pipelines alone")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep what this record found")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the rates there, too")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -52,7 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": fingerprints(source_directory(), KERNELS),
     }
-    state = _resumed(arguments.resume, arguments.seed)
+    state = _resumed(arguments.resume, head)
 
     def write(*, complete: bool) -> dict[str, Any]:
         record = _record(head, state, seconds=time.monotonic() - start, complete=complete)
@@ -66,6 +69,9 @@ def main(arguments: argparse.Namespace) -> int:
         complete = True
     finally:
         record = write(complete=complete)
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(markdown(record) + "\n")
     _print(Console(), record)
     return int(record["summary"]["alarms"] > 0)
 
@@ -114,7 +120,7 @@ def _measure(
         task = progress.add_task("kernels", total=len(problems))
         for done, problem in enumerate(problems, 1):
             words = (problem.spec.name, problem.case.name, problem.dtype, problem.mode)
-            key = "kernel " + " ".join(str(word) for word in words)
+            key = _KERNEL + " ".join(str(word) for word in words)
             tally(key, partial(calibrate.kernel_tally, lib, problem))
             step(task, done)
         task = progress.add_task("simulated", total=arguments.groups)
@@ -125,14 +131,21 @@ def _measure(
             seed += 1
 
 
-def _resumed(path: Path | None, seed: int) -> dict[str, dict[str, Any]]:
+def _resumed(path: Path | None, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a record found; of its kernels only where they and their machine are those of today."""
     empty: dict[str, dict[str, Any]] = {"tallies": {}, "faults": {}}
     if path is None or not path.is_file():
         return empty
     record = json.loads(path.read_text())
-    if record["seed"] != seed:
-        raise SystemExit(f"--resume: {path} has seed {record['seed']}, and --seed is {seed}")
-    return {key: record[key] for key in empty}
+    if record["seed"] != head["seed"]:
+        raise SystemExit(
+            f"--resume: {path} has seed {record['seed']}, and --seed is {head['seed']}"
+        )
+    state = {key: record[key] for key in empty}
+    if any(record[key] != head[key] for key in ("fingerprint", "environment")):
+        tallies = state["tallies"].items()
+        state["tallies"] = {key: item for key, item in tallies if not key.startswith(_KERNEL)}
+    return state
 
 
 def _groups(state: dict[str, dict[str, Any]]) -> int:
@@ -144,7 +157,7 @@ def _record(
 ) -> dict[str, Any]:
     tallies = state["tallies"]
     alarms = [text for item in tallies.values() for text in item["alarms"]]
-    kernels = sum(item["groups"] for key, item in tallies.items() if key.startswith("kernel "))
+    kernels = sum(item["groups"] for key, item in tallies.items() if key.startswith(_KERNEL))
     summary = {
         "groups": _groups(state),
         "groups_of_kernels": kernels,
@@ -183,8 +196,10 @@ def detection(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The table of detections, for a README."""
+    """The rates, for a README: alarms in a sentence, detections as a table."""
     lines = [
+        _alarms(record["summary"]),
+        "",
         "| fault | change of the whole output | seen | by |",
         "|---|---|---|---|",
     ]
@@ -194,6 +209,14 @@ def markdown(record: dict[str, Any]) -> str:
         for row in record["detection"]
     ]
     return "\n".join(lines)
+
+
+def _alarms(summary: Mapping[str, Any]) -> str:
+    return (
+        f"{summary['alarms']} alarms on {summary['groups']:,} groups of right results "
+        f"({summary['groups_of_kernels']:,} of kernels); the largest error is "
+        f"{summary['worst']:.2f} of its limit"
+    )
 
 
 def _print(console: Console, record: dict[str, Any]) -> None:
@@ -211,9 +234,4 @@ def _print(console: Console, record: dict[str, Any]) -> None:
     console.print(table)
     for text in record["alarms"]:
         console.print(Text(f"alarm: {text}", style="red"), soft_wrap=True)
-    summary = record["summary"]
-    console.print(
-        f"{summary['alarms']} alarms on {summary['groups']} groups of right results "
-        f"({summary['groups_of_kernels']} of kernels); the largest error is "
-        f"{summary['worst']:.2f} of its limit; {record['seconds']:.0f} s"
-    )
+    console.print(f"{_alarms(record['summary'])}; {record['seconds']:.0f} s")
