@@ -1,14 +1,16 @@
 """Records as one page: HTML without script or request, and Markdown for a job summary."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .gate_records import line_of
 from .plots import Point, bars, lines, roofline
-from .report_records import Found, Page, Section, Source, Tile
+from .report_records import Found, Page, Section, Source
+from .report_tiles import counted, decisions_of, stale_kernels, tiles_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _REFRESH = {
@@ -22,6 +24,8 @@ _REFRESH = {
 }
 _MOST = 200
 """Failures that are shown one by one."""
+_NAMED = 3
+"""Kernels that are named where they are stale; more are counted."""
 
 
 def page_of(found: Found, *, fingerprint: Mapping[str, str], now: datetime | None = None) -> Page:
@@ -43,7 +47,7 @@ def page_of(found: Found, *, fingerprint: Mapping[str, str], now: datetime | Non
     return Page(
         title="scattermoe_lora: what is verified",
         made=now.isoformat(timespec="minutes"),
-        tiles=tuple(_tiles(found)),
+        tiles=tuple(tiles_of(found, fingerprint)),
         sections=tuple(_of_one_machine(section) for section in sections),
         refused=found.refused,
     )
@@ -80,57 +84,17 @@ def render(page: Page, template: str) -> str:
     return templates.get_template(template).render(page=page)
 
 
-def _tiles(found: Found) -> Iterable[Tile]:
-    for source in found.newest("check"):
-        summary = source.values["summary"]
-        wrong = summary["failed"] + summary["errors"]
-        note = f"{wrong} failed" if wrong else "all passed"
-        yield Tile(
-            title=f"checks on {source.machine}",
-            value=str(summary["passed"]),
-            note=note + ("" if summary.get("complete", True) else ", incomplete"),
-            state="bad" if wrong else "good",
-        )
-    for source in found.newest("mutants"):
-        summary = source.values["summary"]
-        yield Tile(
-            title=f"mutants killed, {source.machine}",
-            value=f"{summary['killed']} of {summary['total']}",
-            note=f"{summary['survived']} survived",
-            state="bad" if summary["survived"] else "good",
-        )
-    for source in found.newest("fuzz"):
-        summary = source.values["summary"]
-        yield Tile(
-            title=f"fuzzed on {source.machine}",
-            value=f"{summary['cases']} cases",
-            note=f"{summary['findings']} findings",
-            state="bad" if summary["findings"] else "good",
-        )
-    for source in found.newest("sanitize"):
-        summary = source.values["summary"]
-        wrong = summary["failed"] + summary["errors"]
-        yield Tile(
-            title=f"sanitizer on {source.machine}",
-            value=f"{summary['passed']} clean",
-            note=f"{wrong} with errors",
-            state="bad" if wrong else "good" if summary["passed"] else "none",
-        )
-    for source in found.newest("gate"):
-        regressed = [entry for entry in _decisions(source) if entry.get("decision") == "regression"]
-        yield Tile(
-            title=f"speed gate on {source.machine}",
-            value=f"{len(regressed)} regressions",
-            note=f"{len(_decisions(source))} benchmarks",
-            state="bad" if regressed else "good",
-        )
-
-
 def _where(found: Found, fingerprint: Mapping[str, str], now: datetime) -> Section:
-    rows = []
-    for command in sorted({source.command for source in found.sources}):
-        for source in found.newest(command):
-            rows.append(_where_row(source, fingerprint, now))
+    newest = [
+        source
+        for command in sorted({source.command for source in found.sources})
+        for source in found.newest(command)
+    ]
+    changed = [
+        f"{source.name}: {', '.join(stale)}"
+        for source in newest
+        if len(stale := stale_kernels(source, fingerprint)) > _NAMED
+    ]
     environments = [
         f"{source.name}\n"
         + "\n".join(f"  {key}: {value}" for key, value in source.values["environment"].items())
@@ -139,11 +103,14 @@ def _where(found: Found, fingerprint: Mapping[str, str], now: datetime) -> Secti
     return Section(
         id="where",
         title="What was checked where",
-        intro="The newest record of each command on each machine. Stale: the code of these "
-        "kernels has changed since.",
-        columns=("command", "machine", "result", "made", "age", "sources"),
-        rows=tuple(rows),
-        folds=(("environments", "\n\n".join(environments)),) if environments else (),
+        intro="The newest record of each name on each machine. Stale: the code of these kernels "
+        "has changed since.",
+        columns=("machine", "record", "result", "made", "age", "sources"),
+        rows=tuple(_where_row(source, fingerprint, now) for source in newest),
+        folds=(
+            *((("kernels that have changed", "\n\n".join(changed)),) if changed else ()),
+            *((("environments", "\n\n".join(environments)),) if environments else ()),
+        ),
     )
 
 
@@ -156,22 +123,22 @@ def _where_row(source: Source, fingerprint: Mapping[str, str], now: datetime) ->
     ]
     if summary.get("complete") is False:
         shown.append("incomplete")
-    recorded = source.values.get("fingerprint") or {}
-    stale = [name for name, digest in recorded.items() if fingerprint.get(name, digest) != digest]
-    sources = f"stale: {', '.join(stale)}" if stale else "current" if recorded else "-"
+    recorded, stale = source.values.get("fingerprint") or {}, stale_kernels(source, fingerprint)
+    named = ", ".join(stale) if len(stale) <= _NAMED else f"{len(stale)} of {len(recorded)} kernels"
+    sources = f"stale: {named}" if stale else "current" if recorded else "-"
     try:
         days = (now - datetime.fromisoformat(source.started)).days
-        age = f"{days} days" if days != 1 else "1 day"
+        age = counted(days, "day")
     except (TypeError, ValueError):
         age = "unknown"
     made = source.started[:16].replace("T", " ")
-    return (source.command, source.machine, ", ".join(shown), made, age, sources)
+    return (source.machine, source.stem, ", ".join(shown), made, age, sources)
 
 
 def _ratios(found: Found) -> Section:
     plots, rows = [], []
-    for source in found.newest("check"):
-        outcomes = source.values["outcomes"]
+    for machine, sources in found.by_machine("check").items():
+        outcomes = [outcome for source in sources for outcome in source.values["outcomes"]]
         worst: dict[str, float] = {}
         groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
         for outcome in outcomes:
@@ -188,10 +155,8 @@ def _ratios(found: Found) -> Section:
                 worst[name] = max(worst.get(name, 0.0), *ratios)
             middle = f"{statistics.median(ratios):.2f}" if ratios else "-"
             top = f"{max(ratios):.2f}" if ratios else "-"
-            rows.append(
-                (source.machine, kernel, path, dtype, str(len(ratios)), middle, top, str(wrong))
-            )
-        title = f"worst error over its limit, {source.machine}"
+            rows.append((machine, kernel, path, dtype, str(len(ratios)), middle, top, str(wrong)))
+        title = f"worst error over its limit, {machine}"
         plots.append(bars(worst, title=title, unit="", mark=1.0))
     return Section(
         id="errors",
@@ -218,9 +183,10 @@ def _failures(found: Found) -> Section:
     return Section(
         id="failures",
         title="Checks that failed",
-        intro=f"{len(rows)} in all." if rows else "None.",
+        intro=f"{len(rows)} in all." if rows else "",
         columns=("status", "kernel", "path", "case", "dtype", "mode", "reason"),
         rows=tuple(rows[:_MOST]),
+        nothing="None." if found.of("check") else "Nothing recorded.",
     )
 
 
@@ -270,20 +236,20 @@ def _rates(found: Found) -> Section:
 
 def _roofs(found: Found) -> Section:
     plots, rows = [], []
-    for source in found.newest("bench"):
+    for machine, entries in found.benchmarks().items():
         points, roofs = [], []
-        for entry in source.values["benchmarks"]:
+        for entry in entries:
             detail = entry.get("detail") or {}
             rate, moved = detail.get("tflops"), detail.get("gb_per_s")
             if rate and moved:
                 label = f"{entry['name']}: {rate:.0f} TFLOP/s, {moved:.0f} GB/s"
                 points.append(Point(x=1e3 * rate / moved, y=rate, label=label, group=entry["kind"]))
                 roofs.append((1e3 * rate / moved, rate * entry["ms"] / entry["floor_ms"]))
-            rows.append(_bench_row(source, entry))
+            rows.append(_bench_row(machine, entry))
         if points:
             flops = max(roof for _, roof in roofs)
             slope = max(roof / intensity for intensity, roof in roofs)
-            title = f"roofline, {source.machine}"
+            title = f"roofline, {machine}"
             plots.append(
                 roofline(points, flops=round(flops), bandwidth=round(slope, 2), title=title)
             )
@@ -299,10 +265,10 @@ def _roofs(found: Found) -> Section:
     )
 
 
-def _bench_row(source: Source, entry: Mapping[str, Any]) -> tuple[str, ...]:
+def _bench_row(machine: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     ms, floor, peak = entry["ms"], entry["floor_ms"], entry.get("peak_bytes")
     return (
-        source.machine,
+        machine,
         str(entry["name"]),
         str(entry.get("path", "")),
         f"{ms:.3f}",
@@ -315,15 +281,15 @@ def _bench_row(source: Source, entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _peers(found: Found) -> Section:
     plots, rows = [], []
-    for source in found.newest("bench"):
+    for machine, entries in found.benchmarks().items():
         ratios: dict[str, list[float]] = {}
-        for entry in source.values["benchmarks"]:
+        for entry in entries:
             for name, peer in (entry.get("peers") or {}).items():
                 times = peer["ms"] / entry["ms"]
                 ratios.setdefault(name, []).append(times)
                 rows.append(
                     (
-                        source.machine,
+                        machine,
                         str(entry["name"]),
                         name,
                         f"{entry['ms']:.3f}",
@@ -332,7 +298,7 @@ def _peers(found: Found) -> Section:
                     )
                 )
         means = {name: statistics.geometric_mean(values) for name, values in ratios.items()}
-        title = f"times faster than peers, geometric mean, {source.machine}"
+        title = f"times faster than peers, geometric mean, {machine}"
         plots.append(bars(means, title=title, unit="x", mark=1.0 if means else None))
     return Section(
         id="peers",
@@ -345,54 +311,73 @@ def _peers(found: Found) -> Section:
 
 def _history(found: Found) -> Section:
     plots = []
-    machines = {source.machine for source in found.of("bench")}
-    for machine in sorted(machines):
-        mine = [source for source in reversed(found.of("bench")) if source.machine == machine]
-        series: dict[str, list[tuple[str, float]]] = {}
-        for source in mine:
-            kinds: dict[str, list[float]] = {}
+    for machine in sorted({source.machine for source in found.of("bench")}):
+        kinds: dict[str, dict[str, dict[str, float]]] = {}
+        for source in reversed(found.of("bench")):
             for entry in source.values["benchmarks"]:
-                if entry["floor_ms"]:
-                    kinds.setdefault(entry["kind"], []).append(entry["ms"] / entry["floor_ms"])
-            for kind, values in sorted(kinds.items()):
-                mean = statistics.geometric_mean(values)
-                series.setdefault(kind, []).append((source.started, mean))
+                if source.machine == machine and entry["floor_ms"]:
+                    moments = kinds.setdefault(entry["kind"], {})
+                    values = moments.setdefault(source.started, {})
+                    values[entry["name"]] = entry["ms"] / entry["floor_ms"]
+        series = {kind: _means(moments) for kind, moments in sorted(kinds.items())}
+        series = {kind: line for kind, line in series.items() if len(line) > 1}
         plots.append(lines(series, title=f"times the floor, {machine}", unit="times floor"))
     return Section(
         id="history",
         title="History of benchmarks",
-        intro="Geometric mean over the benchmarks of a kind; lower is better.",
+        intro="Geometric mean over those benchmarks of a kind that all of its records have; lower "
+        "is better.",
         plots=tuple(plot for plot in plots if plot),
     )
 
 
-def _decisions(source: Source) -> Sequence[Mapping[str, Any]]:
-    for key in ("decisions", "benchmarks", "outcomes"):
-        if isinstance(source.values.get(key), list):
-            return source.values[key]
-    return ()
+def _means(moments: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float]]:
+    """Moment -> name -> value, as means over the names that every moment has; none if none is."""
+    common = sorted(set.intersection(*(set(values) for values in moments.values())))
+    return [
+        (moment, statistics.geometric_mean(values[name] for name in common))
+        for moment, values in moments.items()
+        if common
+    ]
 
 
 def _gate(found: Found) -> Section:
     rows = []
-    for source in found.newest("gate"):
-        for entry in _decisions(source):
+    planted = found.newest("gate-planted")
+    for source in (*found.newest("gate"), *planted):
+        for entry in decisions_of(source):
             ratio = entry.get("ratio")
             rows.append(
                 (
                     source.machine,
+                    source.stem,
                     str(entry.get("name", "")),
                     str(entry.get("decision", entry.get("status", ""))),
                     f"{ratio:.3f}" if isinstance(ratio, float) else "-",
                     str(entry.get("reason", "")),
                 )
             )
+    sentences = [_planted(source) for source in planted]
+    for source in found.newest("gate-samples"):
+        rates = source.values.get("rates")
+        known = line_of(rates) if rates else "not known yet"
+        sentences.append(f"Rates on {source.machine}: {known}.")
     return Section(
         id="gate",
         title="Gate decisions",
-        columns=("machine", "benchmark", "decision", "head / base", "reason"),
+        intro=" ".join(sentences),
+        columns=("machine", "record", "benchmark", "decision", "head / base", "reason"),
         rows=tuple(rows),
         command=_REFRESH["gate"],
+    )
+
+
+def _planted(source: Source) -> str:
+    """What became of slowdowns that were planted on purpose, in a sentence."""
+    summary = source.values["summary"]
+    return (
+        f"Of {summary.get('benchmarks', 0)} slowdowns of {source.values.get('plant', 0):g}% that "
+        f"were planted, {summary.get('regression', 0)} were found."
     )
 
 

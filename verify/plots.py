@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 480
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 28, 40
+_NAME, _LONGEST = 28, 60
+"""Characters that fit before a bar, and above it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,28 +71,38 @@ def roofline(points: Sequence[Point], *, flops: float, bandwidth: float, title: 
 
 
 def bars(values: Mapping[str, float], *, title: str, unit: str, mark: float | None = None) -> str:
-    """Horizontal bars by name; `mark`: a line at this value."""
+    """Horizontal bars by name, their values in a column behind them; `mark`: a line at this value.
+
+    Names stand before the bars, or above them where one is too long for that.
+    """
     if not values:
         return ""
-    row, names = 24, 200
+    above = max(map(len, values)) > _NAME
+    row, names = (44, 0) if above else (24, 200)
     height = row * len(values) + 30
     top = max([*values.values(), mark or 0.0, 1e-9]) * 1.08
-    span = WIDTH - names - 60
+    span = WIDTH - names - 64
     parts = []
     for place, (name, value) in enumerate(values.items()):
-        y = place * row + 4
+        y = place * row + (row - 20)
         wide = max(span * value / top, 1.0)
-        shown = name if len(name) <= 28 else "…" + name[-27:]
+        shown = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+        where = f'x="0" y="{y - 6}"' if above else f'x="{names - 8}" y="{y + 13}" text-anchor="end"'
         parts.append(
-            f'<text x="{names - 8}" y="{y + 13}" text-anchor="end">{escape(shown)}</text>'
-            f'<rect class="bar" x="{names}" y="{y}" width="{wide:.1f}" height="{row - 8}"/>'
-            f'<text x="{names + wide + 6:.1f}" y="{y + 13}">{value:.2f}{escape(unit)}</text>'
+            f"<text {where}>{escape(shown)}</text>"
+            f'<rect class="bar" x="{names}" y="{y}" width="{wide:.1f}" height="16"/>'
+            f'<text x="{WIDTH - 4}" y="{y + 13}" text-anchor="end">{value:.2f}{escape(unit)}</text>'
         )
     if mark is not None:
         x = names + span * mark / top
+        reach = 19 if above else row
+        parts += [
+            f'<line class="roof" x1="{x:.1f}" x2="{x:.1f}" y1="{(place + 1) * row - reach - 2}" '
+            f'y2="{(place + 1) * row - 2}"/>'
+            for place in range(len(values))
+        ]
         parts.append(
-            f'<line class="roof" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{row * len(values)}"/>'
-            f'<text x="{x:.1f}" y="{height - 12}" text-anchor="middle">'
+            f'<text x="{max(x, 12.0):.1f}" y="{height - 12}" text-anchor="middle">'
             f"{mark:g}{escape(unit)}</text>"
         )
     note = ", ".join(f"{name} {value:.2f}{unit}" for name, value in values.items())
@@ -98,9 +110,9 @@ def bars(values: Mapping[str, float], *, title: str, unit: str, mark: float | No
 
 
 def lines(series: Mapping[str, Sequence[tuple[str, float]]], *, title: str, unit: str) -> str:
-    """Values over records, one line per name; every series has the same moments."""
+    """Values over records, one line per name, which need not be in every record."""
     values = [value for line in series.values() for _, value in line]
-    moments = list(dict.fromkeys(moment for line in series.values() for moment, _ in line))
+    moments = sorted({moment for line in series.values() for moment, _ in line})
     if len(moments) < 2:
         return ""
     height = 280
@@ -112,7 +124,7 @@ def lines(series: Mapping[str, Sequence[tuple[str, float]]], *, title: str, unit
     )
     step = (WIDTH - _LEFT - _RIGHT - 40) / (len(moments) - 1)
     places = {moment: _LEFT + 20 + step * place for place, moment in enumerate(moments)}
-    parts = _levels(y, height, unit)
+    parts = _levels(y, unit)
     for place, (name, line) in enumerate(series.items()):
         path = " ".join(
             f"{'L' if count else 'M'}{places[moment]:.1f},{y(value):.1f}"
@@ -124,18 +136,20 @@ def lines(series: Mapping[str, Sequence[tuple[str, float]]], *, title: str, unit
                 f'<circle class="g{place % 8}" cx="{places[moment]:.1f}" cy="{y(value):.1f}" r="4">'
                 f"<title>{escape(name)} {escape(moment)}: {value:.3f}</title></circle>"
             )
-    for moment in (moments[0], moments[-1]):
+    ends = (moments[0], moments[-1])
+    shown = 10 if ends[0][:10] != ends[1][:10] else 16
+    for moment in ends:
         anchor = "start" if moment == moments[0] else "end"
         parts.append(
             f'<text x="{places[moment]:.1f}" y="{height - 22}" text-anchor="{anchor}">'
-            f"{escape(moment[:10])}</text>"
+            f"{escape(moment[:shown].replace('T', ' '))}</text>"
         )
     names = [Point(x=0, y=0, label="", group=name) for name in series]
     return _svg(parts, height, title, f"{len(moments)} records") + _legend(names)
 
 
 def _grid(x: Axis, y: Axis, height: int, x_name: str, y_name: str) -> list[str]:
-    parts = _levels(y, height, y_name)
+    parts = _levels(y, y_name)
     for tick in x.ticks():
         place = x(tick)
         parts.append(
@@ -147,8 +161,8 @@ def _grid(x: Axis, y: Axis, height: int, x_name: str, y_name: str) -> list[str]:
     return parts
 
 
-def _levels(y: Axis, height: int, name: str) -> list[str]:
-    parts = [f'<text x="4" y="{height - 4}">{escape(name)}</text>']
+def _levels(y: Axis, name: str) -> list[str]:
+    parts = [f'<text x="4" y="12">{escape(name)}</text>']
     for tick in y.ticks():
         place = y(tick)
         parts.append(

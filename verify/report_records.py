@@ -22,6 +22,11 @@ class Source:
         return str(self.values["command"])
 
     @property
+    def stem(self) -> str:
+        """The name of its file without directory and ending."""
+        return Path(self.name).stem
+
+    @property
     def machine(self) -> str:
         """Its device, told apart from the interpreter."""
         environment = self.values["environment"]
@@ -42,13 +47,34 @@ class Found:
     refused: tuple[tuple[str, str], ...] = ()
 
     def of(self, command: str) -> list[Source]:
-        """The records of a command, newest first, one per machine and name."""
+        """The records of a command, newest first."""
         mine = [source for source in self.sources if source.command == command]
         return sorted(mine, key=lambda source: source.started, reverse=True)
 
     def newest(self, command: str) -> list[Source]:
-        """The newest record of a command on each machine."""
-        return list({source.machine: source for source in reversed(self.of(command))}.values())
+        """The newest record of a command on each machine, of those with one file name."""
+        kept = {(source.machine, source.stem): source for source in reversed(self.of(command))}
+        return [kept[key] for key in sorted(kept)]
+
+    def by_machine(self, command: str) -> dict[str, list[Source]]:
+        """The newest records of a command, together by machine, oldest first."""
+        found: dict[str, list[Source]] = {}
+        for source in sorted(self.newest(command), key=lambda source: source.started):
+            found.setdefault(source.machine, []).append(source)
+        return found
+
+    def benchmarks(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The newest entry of every benchmark, by machine."""
+        return {
+            machine: list(
+                {
+                    str(entry["name"]): entry
+                    for source in sources
+                    for entry in source.values["benchmarks"]
+                }.values()
+            )
+            for machine, sources in self.by_machine("bench").items()
+        }
 
 
 def collect(paths: Iterable[Path]) -> Found:
@@ -85,7 +111,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A table with a heading, plots above it, and folded details below: (title, text)."""
+    """A table with a heading, plots above it, and folded details below: (title, text).
+
+    nothing: what is said where there is none of it.
+    """
 
     id: str
     title: str
@@ -95,6 +124,7 @@ class Section:
     rows: tuple[tuple[str, ...], ...] = ()
     folds: tuple[tuple[str, str], ...] = ()
     command: str = ""
+    nothing: str = "Nothing recorded."
 
     @property
     def empty(self) -> bool:
