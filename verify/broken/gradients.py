@@ -159,6 +159,55 @@ GRADIENTS: Mapping[str, tuple[Mutant, ...]] = {
                 ".to(tl.bfloat16).to(tl.float32)"
             ),
         ),
+        Mutant(
+            id="lora_weight_grad-recompute-row-tail",
+            what="the first row of the next expert is added to the recomputed sums",
+            file=_RECOMPUTE,
+            old="inside = rows < end",
+            new="inside = rows <= end",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-last-step",
+            what="the recomputing path leaves the last rows of an expert out",
+            file=_RECOMPUTE,
+            old="for row in range(begin, end, BLOCK_M):",
+            new="for row in range(begin, end - BLOCK_M, BLOCK_M):",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-expert",
+            what="the recomputed operand has the factor of the next expert",
+            file=_RECOMPUTE,
+            old="factor.ptr + expert * factor.expert",
+            new="factor.ptr + (expert + 1) * factor.expert",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-z-tail",
+            what="the recomputing reduction starts one step late",
+            file=_RECOMPUTE,
+            old="for z_start in range(0, Z, BLOCK_Z):",
+            new="for z_start in range(BLOCK_Z, Z, BLOCK_Z):",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-fan-out",
+            what="the recomputing path reads rows of tokens by slot",
+            file=_RECOMPUTE,
+            old="p_rows = row_of_slot(slot, p_fan_out)",
+            new="p_rows = slot",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-overwritten",
+            what="of the recomputed sums only the last rows count",
+            file=_RECOMPUTE,
+            old="acc = tl.dot(p_tile.T, low_tile, acc, input_precision=PRECISION)",
+            new="acc = tl.dot(p_tile.T, low_tile, input_precision=PRECISION)",
+        ),
+        Mutant(
+            id="lora_weight_grad-recompute-last-rank",
+            what="the recomputing path leaves the last rank unwritten",
+            file=_RECOMPUTE,
+            old="stored = (p_col < P)[:, None] & (r < R)[None, :]",
+            new="stored = (p_col < P)[:, None] & (r < R - 1)[None, :]",
+        ),
     ),
     "expert_weight_grad": (
         Mutant(

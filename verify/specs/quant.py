@@ -423,6 +423,27 @@ DEQUANTIZE_SCALED = KernelSpec(
             _SCALED_KERNEL,
         ),
         _mutant(
+            "next-expert",
+            "the expert after the selected one",
+            "data + expert * d1 * d2",
+            "data + (expert + 1) * d1 * d2",
+            _SCALED_KERNEL,
+        ),
+        _mutant(
+            "wrong-slot",
+            "every selected expert in the place of the first",
+            "out + slot * d1 * d2",
+            "out",
+            _SCALED_KERNEL,
+        ),
+        _mutant(
+            "column-tail",
+            "one column past the width is written",
+            "(c < d2 - c_first)[None, :]",
+            "(c <= d2 - c_first)[None, :]",
+            _SCALED_KERNEL,
+        ),
+        _mutant(
             "expert-scale-lost",
             "the scales of expert 0",
             "expert * g1 * g2 + group_r",
