@@ -50,6 +50,11 @@ SWEPT = {
     ("scatter2scatter", "tiles"): ["scatter2scatter_kernel"],
     ("lora_forward", "epilogue"): ["scatter2scatter_kernel"] * 2,
     ("lora_forward", "fused"): ["fused_kernel"],
+    ("lora_forward", "split"): ["scatter2scatter_kernel"] * 3,
+    ("lora_input_grad", "epilogue"): ["scatter2scatter_kernel"] * 2,
+    ("lora_weight_grad", "recompute"): ["recompute_kernel"] * 2,
+    ("expert_weight_grad", "gram"): ["gram_kernel"],
+    ("shrink", "tiles"): ["scatter2scatter_kernel"],
     ("lora_weight_grad", "gram"): ["add_parts_kernel", "gram_kernel"],
     ("group", "default"): ["group_kernel"],
     ("combine", "default"): ["combine_kernel"],
@@ -57,6 +62,8 @@ SWEPT = {
     ("expert_bias_grad", "default"): ["expert_bias_grad_kernel"],
     ("glu_forward", "default"): ["glu_forward_kernel"],
     ("glu_backward", "default"): ["glu_backward_kernel"],
+    ("dequantize_four_bit", "default"): ["dequantize_four_bit_kernel"],
+    ("dequantize_scaled", "default"): ["dequantize_scaled_kernel"],
     ("routing", "default"): ["count_kernel", "place_kernel", "row_tiles_kernel"],
 }
 

@@ -171,6 +171,23 @@ def test_a_baseline_keeps_every_footprint():
     assert ungrouped(grouped(found)) == found
 
 
+WAITS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "item")
+"""Operations of torch whose result the host has to know."""
+STEPS = [(kind, what) for kind in KINDS for what in WHATS[kind] if what != "selective"]
+
+
+@pytest.mark.parametrize(("kind", "what"), STEPS)
+def test_no_step_waits_for_the_device(kind, what):
+    """Only where the experts in use alone are decoded does the host ask which they are."""
+    launches = footprint_of(scattermoe_lora, case_of(kind, what), HOPPER).launches
+    assert [name for name in launches if any(wait in name for wait in WAITS)] == []
+
+
+def test_a_step_that_asks_for_the_active_experts_is_seen_to_wait():
+    launches = footprint_of(scattermoe_lora, case_of("qlora-layer", "selective"), HOPPER).launches
+    assert any("nonzero" in name for name in launches)
+
+
 def test_what_nobody_makes_any_more_is_a_problem(tmp_path):
     baseline = Baseline(path=tmp_path / "some.json", values={"a": 1, "b": 2}, whole=True)
     assert baseline.gone({"a": 1}) == ["b: is in the baseline and no longer made"]
