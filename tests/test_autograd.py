@@ -1,11 +1,14 @@
 """Laws of the differentiable projection and layer, and the faults that such code had elsewhere."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import scattermoe_lora as sm
-from scattermoe_lora.plan import current_precision
+from scattermoe_lora.plan import current_precision, with_path
 from scattermoe_lora.quant import ActiveExperts, Dense, StoredWeight
 
 pytestmark = pytest.mark.correctness
@@ -85,6 +88,47 @@ def test_runs_repeat_bitwise(device):
     assert all_equal(layer.gradients(first, upstream), layer.gradients(second, upstream))
 
 
+def gated_projection(layer, path):
+    """The first projection alone, its choices summed, on a path of forward and input gradient."""
+
+    def plan(operation, k, n):
+        problem = sm.Problem(
+            operation, TOKENS * TOP_K, EXPERTS, k, n, RANK, layer.x.dtype,
+            current_precision(layer.x.dtype), "",
+        )  # fmt: skip
+        facts = sm.Device.of(layer.x.device)
+        return with_path(sm.choose(problem, facts), path, problem, facts)
+
+    plans = sm.Plans(
+        forward=plan(sm.Operation.LORA_FORWARD, HIDDEN, 2 * WIDTH),
+        input_grad=plan(sm.Operation.LORA_INPUT_GRAD, 2 * WIDTH, HIDDEN),
+    )
+    return sm.expert_linear(
+        layer.x,
+        layer.w1.mT,
+        layer.routing(),
+        source=sm.RowOrder.TOKEN,
+        target=sm.RowOrder.SLOT,
+        lora=layer.loras()[0],
+        gates=layer.gates,
+        plans=plans,
+    )
+
+
+@pytest.mark.parametrize("path", [sm.Path.EPILOGUE, sm.Path.FUSED, sm.Path.SPLIT])
+def test_a_backward_changes_nothing_that_the_next_one_reads(device, path):
+    layer = Layer(device)
+    out = gated_projection(layer, path)
+    upstream = torch.randn_like(out)
+    leaves = layer.leaves[:4]
+    kept = [value.detach().clone() for value in (out, upstream, *leaves)]
+    first, second = (
+        torch.autograd.grad(out, leaves, upstream, retain_graph=True) for _ in range(2)
+    )
+    assert all_equal(first, second)
+    assert all_equal(kept, (out, upstream, *leaves))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_nothing(device, reentrant):
     layer = Layer(device)
@@ -108,6 +152,28 @@ def test_stride_zero_and_transposed_gradients_are_read_right(device):
     assert all_equal(layer.gradients(out, scalar), layer.gradients(out, scalar.contiguous()))
     turned = torch.randn(HIDDEN, TOKENS, device=device).mT
     assert all_equal(layer.gradients(out, turned), layer.gradients(out, turned.contiguous()))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_a_projection_may_have_any_strides(device, gated):
+    layer = Layer(device)
+    out = sm.expert_linear(
+        layer.x, layer.w1.mT, layer.routing(), source=sm.RowOrder.TOKEN, target=sm.RowOrder.SLOT,
+        lora=layer.loras()[0], gates=layer.gates if gated else None,
+    )  # fmt: skip
+    rows, width = out.shape
+    leaves = layer.leaves[:4] if gated else [layer.x, *layer.factors[:2]]
+    given = (
+        torch.randn(width, device=device).expand(rows, width),
+        torch.randn(width, rows, device=device).mT,
+        torch.randn(2 * rows, width, device=device)[::2],
+    )
+    for upstream in given:
+        found, wanted = (
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            for dout in (upstream, upstream.contiguous())
+        )
+        assert all_equal(found, wanted), upstream.stride()
 
 
 def test_a_frozen_base_gets_no_gradient_and_a_trainable_one_does(device):
@@ -165,6 +231,43 @@ def test_backward_under_autocast_has_the_dtypes_of_the_leaves(device):
     assert all(leaf.grad.dtype == leaf.dtype for leaf in layer.leaves)
 
 
+@pytest.mark.parametrize("kind", ["projection", "layer"])
+@pytest.mark.parametrize(
+    ("adapter", "within"),
+    [(torch.float16, True), (torch.float32, False)],
+    ids=["float16, backward within", "float32, backward outside"],
+)
+def test_gradients_under_autocast_are_those_of_operands_cast_by_hand(device, kind, adapter, within):
+    layer = Layer(device, torch.float32, adapter)
+
+    def call(dtype):
+        loras = [
+            lora if dtype is None or adapter is torch.float32 else replace(
+                lora, a=lora.a.to(dtype), b=lora.b.to(dtype)
+            )
+            for lora in layer.loras()
+        ]  # fmt: skip
+        x, *weights = (
+            value if dtype is None else value.to(dtype) for value in (layer.x, layer.w1, layer.w2)
+        )
+        if kind == "layer":
+            return layer(x=x, weights=[weight.mT for weight in weights], loras=loras)
+        return sm.expert_linear(
+            x, weights[0].mT, layer.routing(), source=sm.RowOrder.TOKEN, target=sm.RowOrder.SLOT,
+            lora=loras[0], gates=layer.gates,
+        )  # fmt: skip
+
+    leaves = layer.leaves[: 6 if kind == "layer" else 4]
+    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    with autocast:
+        found = call(None)
+    upstream = torch.randn_like(found)
+    with autocast if within else nullcontext():
+        grads = torch.autograd.grad(found, leaves, upstream)
+    assert all_equal(grads, torch.autograd.grad(call(torch.bfloat16), leaves, upstream))
+    assert all(grad.any() for grad in grads)
+
+
 def test_a_rank_without_rows_still_gets_zero_gradients(device):
     layer = Layer(device, index=torch.full((TOKENS, TOP_K), -1))
     out = layer(routing=layer.routing(sentinels=True))
@@ -207,6 +310,48 @@ def test_compaction_slices_both_adapters_or_either(device):
     upstream = torch.randn_like(whole)
     assert torch.equal(whole, compact)
     assert all_equal(layer.gradients(whole, upstream), layer.gradients(compact, upstream))
+
+
+@pytest.mark.parametrize("adapted", ["gate_up", "down"])
+def test_compaction_slices_the_only_adapter_there_is(device, adapted):
+    layer = Layer(device, index=torch.tensor([[3, 1]] * TOKENS))
+    active = ActiveExperts.of(layer.routing())
+    kept = slice(0, 2) if adapted == "gate_up" else slice(2, 4)
+
+    def run(routing, weights, slices):
+        parts = {
+            name: sm.Projection(weight=weight.mT, lora=slices(lora) if name == adapted else None)
+            for name, weight, lora in zip(("gate_up", "down"), weights, layer.loras(), strict=True)
+        }
+        out = sm.experts_mlp(layer.x, layer.gates, routing, **parts, activation=sm.Activation())
+        leaves = [layer.x, layer.gates, *layer.factors[kept]]
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    whole = run(layer.routing(), (layer.w1, layer.w2), lambda lora: lora)
+    parts = [weight[active.ids] for weight in (layer.w1, layer.w2)]
+    assert all_equal(whole, run(active.routing, parts, active.lora))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_decoded_experts_are_not_kept_for_the_backward(device, autocast):
+    layer = Layer(device)
+    stored = [
+        StoredWeight(stored=Dense(data=weight.half()), transposed=True)
+        for weight in (layer.w1, layer.w2)
+    ]
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=autocast),
+    ):
+        layer(weights=stored)
+        sm.expert_linear(
+            layer.x, stored[0], layer.routing(), source=sm.RowOrder.TOKEN,
+            target=sm.RowOrder.SLOT, lora=layer.loras()[0],
+        )  # fmt: skip
+    factors = {factor.shape for factor in layer.factors}
+    assert factors <= {tensor.shape for tensor in kept}
+    assert {tensor.shape for tensor in kept if tensor.ndim == 3} == factors
 
 
 @pytest.mark.parametrize("experts_per_block", [1, 3, None])
