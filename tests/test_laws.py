@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import scattermoe_lora as sm
-from scattermoe_lora.ops import combine, combine_grad
+from scattermoe_lora.ops import combine, combine_grad, product, scatter2scatter
 from scattermoe_lora.ops import lora as lora_ops
 from scattermoe_lora.plan import PATHS, with_path
 
@@ -196,11 +196,69 @@ def test_an_expert_does_not_see_the_rows_of_others(device, path):
     assert not torch.equal(found["a"][0], want["a"][0])
 
 
+@by_path
+@pytest.mark.parametrize("name", ["x", "dy"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_what_is_not_finite_stays_in_its_row_and_its_experts(device, path, name, value):
+    one = Linear.drawn(device)
+    token = int((one.index >= 0).all(1).nonzero()[0])
+    row = token if name == "x" else token * TOP_K
+    spoilt = getattr(one, name).clone()
+    spoilt[row, 5] = value
+    found, want = replace(one, **{name: spoilt}).run(path), one.run(path)
+    slots = slots_of(torch.tensor([token], device=device)) if name == "x" else torch.tensor([row])
+    hit = {"y": slots.tolist(), "x": []} if name == "x" else {"y": [], "x": [token]}
+    owners = set(one.index.flatten()[slots.to(device)].tolist())
+    for output in ("y", "x"):
+        for place, (have, should) in enumerate(zip(found[output], want[output], strict=True)):
+            if place in hit[output]:
+                assert not torch.isfinite(have).any(), (output, place)
+            else:
+                assert torch.equal(have, should), (output, place)
+    for output in ("weight", "a", "b", "bias"):
+        for expert in range(EXPERTS):
+            if expert not in owners:
+                assert torch.equal(found[output][expert], want[output][expert]), (output, expert)
+    seen = {
+        expert for expert in range(EXPERTS) if not torch.isfinite(found["weight"][expert]).all()
+    }
+    assert seen == owners
+
+
 def test_all_paths_agree_bitwise_on_integers(device):
     found = [Linear.drawn(device).run(path) for path in PATHS_HERE]
     assert len(found) > 1
     for other in found[1:]:
         assert same(found[0], other) == []
+
+
+class Gathered(Linear):
+    """Rows are copied into expert order before they are multiplied."""
+
+    def plans(self, path: sm.Path) -> sm.Plans:
+        plans = super().plans(path)
+        return sm.Plans(
+            forward=replace(plans.forward, gather=True),
+            input_grad=replace(plans.input_grad, gather=True),
+        )
+
+
+def test_rows_that_are_copied_first_are_the_same_rows(device, monkeypatch):
+    copies, copied = [], product.group
+    monkeypatch.setattr(product, "group", lambda *a, **k: copies.append(k) or copied(*a, **k))
+    one, want = Gathered.drawn(device), Linear.drawn(device).run()
+    assert not copies
+    assert same(one.run(), want) == []
+    assert [made["source"] for made in copies] == [sm.RowOrder.TOKEN, sm.RowOrder.SLOT]
+    plan = replace(one.plans(sm.Path.EPILOGUE).forward, path=sm.Path.TILES)
+    orders = {"source": sm.RowOrder.TOKEN, "target": sm.RowOrder.SLOT}
+    y = scatter2scatter(one.x, one.weight, one.routing, **orders, plan=plan)
+    assert len(copies) == 3
+    plain = scatter2scatter(
+        one.x, one.weight, one.routing, **orders, plan=replace(plan, gather=False)
+    )
+    assert torch.equal(y, plain)
+    assert len(copies) == 3
 
 
 @pytest.mark.parametrize("spare", [0, 1], ids=["at the threshold", "below it"])

@@ -175,6 +175,30 @@ def test_a_failure_shrinks_to_a_small_problem_and_tells_rows_per_expert():
     assert str(outcome(found)).endswith("; rows per expert [17]")
 
 
+def test_a_write_outside_tells_rows_per_expert_too():
+    def writes_past_the_end(lib, inputs, plan):
+        outputs = SCATTER2SCATTER.run(lib, inputs, plan)
+        y = outputs["y"]
+        y.as_strided((1,), (1,), y.storage_offset() + y.numel()).fill_(3.0)
+        return outputs
+
+    spec = replace(SCATTER2SCATTER, run=writes_past_the_end)
+    case = replace(tagged("smoke")[0], tokens=3)
+    problem = Problem(
+        lib=lib,
+        spec=spec,
+        case=case,
+        dtype=torch.float32,
+        mode="exact",
+        device=torch.device(DEVICE),
+    )
+    outcome = next(iter(problem.check(lambda plan: plan.quick)))
+    counts = describe_counts(problem.draw()["top_k_index"], case.experts)
+    assert outcome.measure == "guard"
+    assert outcome.reason.startswith("wrote after an output of shape [6, 80]")
+    assert outcome.reason.endswith(f"; {counts}")
+
+
 @given(case=captured_cases(), dtype=st.sampled_from(list(DTYPES.values())))
 @settings(max_examples=6)
 def test_rows_and_routings_of_real_models_are_drawn(case, dtype):

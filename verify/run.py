@@ -236,9 +236,8 @@ class Problem:
         problems: tuple[str, ...],
     ) -> Outcome:
         if problems:
-            return self.outcome(
-                plan, status="failed", ratio=WORST, measure="guard", reason="; ".join(problems)
-            )
+            reason = self._told(inputs, *problems)
+            return self.outcome(plan, status="failed", ratio=WORST, measure="guard", reason=reason)
         if set(outputs) != set(expected):
             reason = f"outputs {sorted(outputs)}, expected {sorted(expected)}"
             return self.outcome(plan, status="error", reason=reason)
@@ -247,19 +246,19 @@ class Problem:
             compare(name, outputs[name], expected[name], exact=exact) for name in expected
         ]
         worst = max(comparisons, key=lambda item: item.ratio)
-        reason = ""
-        if not worst.ok:
-            counts = describe_counts(inputs["top_k_index"], self.case.experts)
-            reason = f"{worst}; {counts}"
         return self.outcome(
             plan,
             status="passed" if worst.ok else "failed",
             ratio=worst.ratio,
             measure=measure_name(worst, self.mode),
             where={"output": worst.output, **worst.where},
-            reason=reason,
+            reason="" if worst.ok else self._told(inputs, str(worst)),
             ratios=_merged(comparisons),
         )
+
+    def _told(self, inputs: Inputs, *problems: str) -> str:
+        """What is wrong, and the rows of each expert."""
+        return "; ".join((*problems, describe_counts(inputs["top_k_index"], self.case.experts)))
 
 
 def guarded_run(
