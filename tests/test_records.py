@@ -71,9 +71,18 @@ def judged(tmp_path, sources):
     return judge
 
 
+def split(verdicts):
+    """Those of `check`, and the others."""
+    mine = [verdict for verdict in verdicts if verdict.record.endswith("/check.json")]
+    return mine, [verdict for verdict in verdicts if verdict not in mine]
+
+
 @pytest.mark.parametrize("release", [False, True])
 def test_a_whole_and_fresh_record_is_good(judged, whole, release):
-    [verdict] = judged({"check.json": whole}, release=release)
+    verdicts = judged({"check.json": whole}, release=release)
+    (verdict,), others = split(verdicts)
+    assert {(other.state, other.fault) for other in others} <= {("missing", True)}
+    assert len(others) == (5 if release else 0)
     assert (verdict.state, verdict.fault, verdict.reason) == ("good", False, "")
     assert verdict.age == "3 d"
     assert verdict.refresh.startswith("python -m verify check --full --device cuda --json ")
@@ -84,7 +93,7 @@ def test_a_selection_is_good_until_a_release(judged, small, tmp_path, sources):
     [verdict] = judged({"check.json": small})
     assert (verdict.state, verdict.fault) == ("good", False)
     assert "kernels, cases" in verdict.reason
-    [verdict] = inspect(tmp_path, sources, release=True, now=NOW)
+    (verdict,), _ = split(inspect(tmp_path, sources, release=True, now=NOW))
     assert (verdict.state, verdict.fault) == ("incomplete", True)
 
 
@@ -242,12 +251,17 @@ def test_missing(judged, tmp_path, sources, small):
 def test_other_records_are_demanded_only_for_a_release(judged, whole, tmp_path, sources):
     today = dict(sources.fingerprint)
     others = {
-        "bench.json": head("bench", summary={}) | {"fingerprint": today},
+        **{
+            f"{name}.json": head(name, summary={}) | {"fingerprint": today}
+            for name in ("bench", "gate", "sanitize")
+        },
+        "gate-samples.json": head("gate-samples", summary={}, rates={}) | {"fingerprint": today},
         "mutants.json": head("mutants", summary={"complete": True}),
         "train.json": head("train", summary={"complete": False}) | {"fingerprint": today},
         "compile-3.6.0.json": head("compile", summary={}) | {"fingerprint": {}},
     }
-    wanted = {"bench": "good", "mutants": "stale", "train": "incomplete", "compile-3.6.0": "good"}
+    wanted = {"bench": "good", "gate": "good", "sanitize": "good", "gate-samples": "incomplete"}
+    wanted |= {"mutants": "stale", "train": "incomplete", "compile-3.6.0": "good"}
     for release in (False, True):
         if release:
             verdicts = inspect(tmp_path, sources, release=True, now=NOW)
@@ -259,6 +273,44 @@ def test_other_records_are_demanded_only_for_a_release(judged, whole, tmp_path, 
             for name, state in wanted.items()
         }
         assert all(verdict.days == timedelta(days=3).days for verdict in verdicts)
+
+
+def test_a_release_names_the_records_that_it_lacks(judged, whole):
+    verdicts = judged({"check.json": whole}, release=True)
+    missing = {v.record.rpartition("/")[2]: v.refresh for v in verdicts if v.state == "missing"}
+    assert set(missing) == {
+        *("bench.json", "gate.json", "gate-samples.json", "mutants.json", "sanitize.json"),
+    }
+    assert "verify mutants --full --device cuda --json" in missing["mutants.json"]
+    assert "verify gate --calibrate --device cuda --json" in missing["gate-samples.json"]
+
+
+@pytest.mark.parametrize(
+    ("command", "counts"),
+    [
+        ("bench", {"measured": 134, "failed": 1}),
+        ("sanitize", {"passed": 9, "failed": 0, "errors": 2}),
+        ("mutants", {"killed": 166, "survived": 1}),
+        ("fuzz", {"cases": 6000, "findings": 1}),
+        ("calibrate", {"groups": 100_000, "alarms": 1}),
+        ("tune", {"tuned": 47, "wrong": 1}),
+    ],
+)
+@pytest.mark.parametrize("release", [False, True])
+def test_a_failure_of_another_command_fails_a_release(
+    judged, whole, tmp_path, sources, command, counts, release
+):
+    values = head(command, summary=counts) | {"fingerprint": dict(sources.fingerprint)}
+    name = f"{command}.json"
+    verdicts = judged({"check.json": whole, name: values}, release=release)
+    (found,) = [v for v in verdicts if v.record.endswith(f"/{name}")]
+    assert (found.state, found.fault) == ("failed", release)
+    first, *_ = counts
+    values["summary"] = dict.fromkeys(counts, 0) | {first: counts[first]}
+    (tmp_path / GPU / name).write_text(json.dumps(values))
+    verdicts = inspect(tmp_path, sources, release=release, now=NOW)
+    (found,) = [v for v in verdicts if v.record.endswith(f"/{name}")]
+    assert (found.state, found.fault) == ("good", False)
 
 
 def test_other_records_are_well_formed(judged, whole):

@@ -47,6 +47,10 @@ _OPTIONS = {
 }
 _COMMANDS = {"gate-samples": "gate", "gate-planted": "gate"}
 """Records that are not named after the command that makes them."""
+_RELEASE = ("check", "mutants", "sanitize", "bench", "gate", "gate-samples")
+"""Commands of which a release has a record."""
+_FAULTS = ("failed", "errors", "survived", "findings", "alarms", "wrong")
+"""Counts of a summary that are zero where all is well."""
 _WITHOUT_DEVICE = ("compile", "qualify")
 _SHOWN = 4
 
@@ -97,7 +101,8 @@ class Verdict:
 def inspect(
     directory: Path, sources: Sources, *, release: bool = False, now: datetime | None = None
 ) -> tuple[Verdict, ...]:
-    """Judge `<directory>/<gpu>/*.json`. release: every record counts, and a check must be full.
+    """Judge `<directory>/<gpu>/*.json`. release: every record counts, none of those that a release
+    has is missing, and a check must be full.
 
     `now` is the time that ages are counted from.
     """
@@ -105,7 +110,8 @@ def inspect(
     machines = sorted(path for path in directory.glob("*") if path.is_dir())
     found: list[Verdict] = []
     for machine in machines or [directory / "<gpu>"]:
-        files = sorted({machine / CHECK, *machine.glob("*.json")})
+        wanted = {machine / f"{name}.json" for name in (_RELEASE if release else _RELEASE[:1])}
+        files = sorted({*wanted, *machine.glob("*.json")})
         found += [_verdict(file, sources, release=release, now=moment) for file in files]
     return tuple(found)
 
@@ -232,6 +238,9 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
         return "incomplete", "the run was interrupted"
     if record["command"] in ("gate", *_COMMANDS) and (found := _judge_gate(record)):
         return found
+    counts = ((name, record["summary"].get(name, 0)) for name in _FAULTS)
+    if faults := [f"{count} {name}" for name, count in counts if count]:
+        return "failed", ", ".join(faults)
     stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
     return ("stale", stale) if stale else (GOOD, "")
 
