@@ -22,7 +22,14 @@ _ELSEWHERE = pytest.StashKey[list[str]]()
 hypothesis.settings.register_profile(
     "gate", derandomize=True, deadline=None, max_examples=25, database=None
 )
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
+# Where CI is set, hypothesis would make this one derandomised and without a database, too.
+hypothesis.settings.register_profile(
+    "fuzz",
+    parent=hypothesis.settings.get_profile("default"),
+    deadline=None,
+    max_examples=500,
+    print_blob=True,
+)
 
 
 def pytest_addoption(parser) -> None:
