@@ -3,7 +3,7 @@
 Nothing is known by name. The module's gate function is evaluated on a grid of (gate, up) pairs that
 reaches past every clamp, and a fused activation is used only where it gives the same numbers to
 fp32 accuracy there. Any other gate function runs as it is. The outcome depends on the function, its
-activation and the module's numbers alone, and is remembered by them.
+activation, the module's numbers and what it has as None, and is remembered by them.
 """
 
 import functools
@@ -34,10 +34,12 @@ def fused_activation(module: Any) -> Activation | None:
         for name, value in vars(module).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    absent = tuple(sorted(name for name, value in vars(module).items() if value is None))
     return _matching(
         type(module)._apply_gate,
         getattr(module, "act_fn", None),
         tuple(sorted(numbers.items())),
+        absent,
         not getattr(module, "is_concatenated", True),
     )
 
@@ -47,13 +49,14 @@ def _matching(
     gate_function: Callable[[Any, Tensor], Tensor],
     act_fn: Callable[..., Any] | None,
     numbers: tuple[tuple[str, float], ...],
+    absent: tuple[str, ...],
     interleaved: bool,  # noqa: FBT001 - a memo's key is positional
 ) -> Activation | None:
     size = len(_GRID)
     points = torch.tensor(_GRID, dtype=torch.float32)
     gate, up = points[:, None].expand(size, size), points[None, :].expand(size, size)
     h = torch.stack([gate, up], dim=2).flatten(1) if interleaved else torch.cat([gate, up], dim=1)
-    stand_in = SimpleNamespace(act_fn=act_fn, **dict(numbers))
+    stand_in = SimpleNamespace(**{**dict.fromkeys(absent), **dict(numbers), "act_fn": act_fn})
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             truth = gate_function(stand_in, h)

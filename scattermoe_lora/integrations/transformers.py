@@ -7,7 +7,9 @@ Routing, shared experts and their gates stay with the model. Per call of an expe
 
     hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]
 
-Registration adds one entry to transformers' table of implementations and changes nothing else.
+Registration adds one entry to transformers' table of implementations, and to that of its fp8
+experts, and changes nothing else. fp8 experts are computed as what they decode to: activations stay
+in 16 bits.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from ..autograd import expert_linear
@@ -90,8 +93,9 @@ def experts_forward(
 
 
 def register() -> None:
-    """Add the implementation to transformers' table, under the name of this package. Idempotent."""
+    """Add the implementation to both tables, under the name of this package. Idempotent."""
     ExpertsInterface.register(KEY, experts_forward)
+    FP8ExpertsInterface.register(KEY, experts_forward)
 
 
 def _projection(
