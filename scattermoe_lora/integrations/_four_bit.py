@@ -18,6 +18,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Elements per scale that bitsandbytes packs with."""
 NESTED_BLOCKSIZE = 256
 """Scales per second-level scale, as in bitsandbytes."""
+_READS = "_reads_packed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +143,45 @@ def install(module: nn.Module, name: str, packed: Tensor, state: Any) -> None:
 
     module._parameters.pop(name, None)
     module.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+    if not getattr(module, _READS, False):
+        module.register_load_state_dict_pre_hook(_read_packed)
+        setattr(module, _READS, True)
     # The packed form is exact: shapes and dtypes are JSON, tables are copied.
     replace_parameter_4bit_prequantized(
         module, name, dict(state.as_dict(packed=True)), device=packed.device
     )
+
+
+def _read_packed(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take what a state dict holds of packed parameters, which bitsandbytes writes and cannot read.
+
+    Nothing is taken that does not fit: torch then says which keys are missing and unexpected.
+    """
+    lists: Any = module._modules.get("parametrizations")
+    for name in [] if lists is None else list(lists):
+        packed, key = parametrised(module, name), f"{prefix}{name}"
+        found = {
+            entry[len(key) + 1 :]: state[entry] for entry in state if entry.startswith(f"{key}.")
+        }
+        if packed is None or key not in state or "absmax" not in found:
+            continue
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn.parametrize import Bnb4bitParametrization
+
+        device = packed.packed.device
+        # Reading takes entries out of what it is given.
+        read = QuantState.from_dict(dict(found), device=device)
+        if read.shape != packed.state.shape:
+            continue
+        data = state.pop(key).to(device)
+        for entry in found:
+            del state[f"{key}.{entry}"]
+        restore(
+            module,
+            name,
+            Parametrised(packed=data, parametrisation=Bnb4bitParametrization(read)),
+        )
+        state[f"{prefix}parametrizations.{name}.original"] = data
 
 
 def parts(packed: Parametrised) -> dict[str, Tensor]:
@@ -267,6 +303,16 @@ def decoded(stored: FourBit, expert: int) -> Tensor:
         scales = stored.nested.code[scales.int()] * outer + stored.nested.offset
     scale = scales.repeat_interleave(stored.blocksize)[low % stored.blocksize :][:elements]
     return (stored.codebook[codes.int()] * scale).view(stored.shape)
+
+
+def dense(packed: Parametrised, dtype: torch.dtype | None = None) -> Tensor:
+    """All experts, [experts, d1, d2], in `dtype` or the one they were packed from."""
+    stored = packed.stored()
+    shape = (stored.experts, *stored.shape)
+    weight = torch.empty(shape, dtype=dtype or stored.dtype, device=stored.device)
+    for expert in range(stored.experts):
+        weight[expert] = decoded(stored, expert)
+    return weight
 
 
 def relative_error(stored: FourBit, dense: Tensor) -> float:

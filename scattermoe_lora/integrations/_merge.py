@@ -142,6 +142,11 @@ class Kept:
                 f"{type(experts).__name__}.{parameter} is stored as {type(stored).__name__}, into "
                 "which adapters cannot be merged"
             )
+        if stored.device.type == "meta":
+            raise ValueError(
+                f"{type(experts).__name__}.{parameter} is on the meta device, where it has no "
+                "values: load the model without offloading to merge into it"
+            )
         return cls(data=stored.data.detach(), device=stored.device)
 
     def on_host(self) -> "Kept":

@@ -211,19 +211,47 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             return super()._process_model_after_weight_loading(model, **kwargs)
         return model
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Every stack dense, decoded on its device, and linear layers as transformers does it."""
+        for _, module, parameter in list(_stacks(model)):
+            packed = _four_bit.parametrised(module, parameter)
+            if packed is not None:
+                weight = _four_bit.dense(packed, dtype)
+                _four_bit.remove(module, parameter)
+                module.register_parameter(parameter, nn.Parameter(weight, requires_grad=False))
+        if self.quantization_config.linears:
+            return super()._dequantize(model, dtype=dtype)
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
         """The state to save, packed stacks under names that no conversion of transformers matches.
 
         Raises:
-            ValueError: a stack is dense, because an adapter was merged into it.
+            ValueError: a stack is dense, because an adapter was merged into it; some are nested and
+                some are not; or PEFT has wrapped them.
         """
         state = model.state_dict()
+        if getattr(model, "_hf_peft_config_loaded", False):
+            # transformers saves the adapters alone.
+            return state, {}
         for name, module, parameter in list(_stacks(model)):
             packed = _four_bit.parametrised(module, parameter)
             if packed is None:
                 raise ValueError(
-                    f"{name} is dense although the model's format is {METHOD}: unmerge before "
-                    "saving, and merge anew with requantize=True to save what is merged"
+                    f"{name} is dense although the model's format is {METHOD}: unmerge and merge "
+                    "anew with requantize=True, or pack what is merged by quantize_experts, or "
+                    "call dequantize() to save a model in 16 bits"
+                )
+            if ".base_layer." in f".{name}":
+                raise ValueError(
+                    f"{name} is wrapped by PEFT, under whose names no base model is read: save "
+                    "adapters by the PeftModel, and the base before they are added or after "
+                    "unload()"
+                )
+            if packed.state.nested != self.quantization_config.experts_nested:
+                raise ValueError(
+                    f"some experts have nested scales and others plain ones, {name} "
+                    f"{'nested' if packed.state.nested else 'plain'}: a saved model has one kind"
                 )
             prefix = name.removesuffix(parameter)
             for key in [key for key in state if key == name or key.startswith(f"{name}.")]:
@@ -362,8 +390,16 @@ def register() -> None:
 
 def _mark(model: PreTrainedModel, *, quant_type: str, blocksize: int, nested: bool) -> None:
     """Let transformers save the model in this format, with the linear layers as they are."""
-    present = getattr(model, "hf_quantizer", None)
+    present: Any = getattr(model, "hf_quantizer", None)
+    if isinstance(present, ExpertsQuantizer):
+        # What stays packed differently is found where the model is saved.
+        settings = present.quantization_config
+        settings.experts_quant_type, settings.experts_blocksize = quant_type, blocksize
+        settings.experts_nested = nested
+        model.config.quantization_config = settings
+        return
     if present is not None and type(present) is not Bnb4BitHfQuantizer:
+        present.is_serializable = _Unsaved(present)
         return
     settings = {} if present is None else present.quantization_config.to_dict()
     config = ExpertsQuantizationConfig(
@@ -377,6 +413,20 @@ def _mark(model: PreTrainedModel, *, quant_type: str, blocksize: int, nested: bo
     model.config.quantization_config = config
     model.quantization_method = config.quant_method
     model.is_quantized = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsaved:
+    """In the place of `is_serializable` of a quantiser that knows nothing of packed experts."""
+
+    quantizer: Any
+
+    def __call__(self) -> bool:
+        method = self.quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"linear layers in {getattr(method, 'value', method)} beside experts in 4 bits can be "
+            "used, but no format holds both: save the adapters, and pack the experts anew"
+        )
 
 
 def _stacks(model: nn.Module, *, parts: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
