@@ -8,7 +8,8 @@ projection has one shape either way.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,83 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..weights import LoRAWeights
+from . import _four_bit
 from ._experts import ExpertsLayout, experts_modules, stored_weight
 from ._factors import to_peft, version_swaps, wrapper_swaps
-from ._wrappers import WrapperChain, wrapper_chains
+from ._wrappers import WrapperChain, left_out_by, wrapper_chains
 
 _FACTOR = re.compile(r"^(?P<path>.+?)(?P<depth>(?:\.base_layer)*)\.lora_(?P<factor>[AB])\.weight$")
 
 
 def new_wrappers(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel:
-    """PEFT's wrappers for a configuration, whose targets on expert parameters are spelled out."""
-    config.target_parameters = full_names(model, config.target_parameters)
-    if isinstance(model, PeftModel):
+    """PEFT's wrappers for a configuration, whose targets on expert parameters are spelled out.
+
+    Settings that PEFT heeds for modules only, exclude_modules and layers_to_transform, hold for
+    them too.
+
+    Raises:
+        ValueError: the adapter is there already; its initial values need the weight of a linear
+            layer; or what PEFT refuses.
+    """
+    _check_initial_values(config)
+    targets = full_names(model, config.target_parameters)
+    if targets:
+        targets = [name for name in targets if left_out_by(config, name) is None]
+    config.target_parameters = targets
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, config, adapter_name=adapter_name)
+    if adapter_name in model.peft_config:
+        raise ValueError(f"the model has an adapter {adapter_name!r} already")
+    # PEFT compares the targets of its adapters as they are spelled.
+    for other in model.peft_config.values():
+        spelled = getattr(other, "target_parameters", None)
+        if targets and spelled and set(full_names(model, list(spelled)) or ()) == set(targets):
+            config.target_parameters = list(spelled)
+    with _dense_stand_ins(model):
         model.add_adapter(adapter_name, config)
-        return model
-    return get_peft_model(model, config, adapter_name=adapter_name)
+    return model
+
+
+def _check_initial_values(config: PeftConfig) -> None:
+    initial = getattr(config, "init_lora_weights", True)
+    wanted = isinstance(initial, str) and initial not in ("gaussian", "eva")
+    if wanted and getattr(config, "target_parameters", None):
+        raise ValueError(
+            f"init_lora_weights={initial!r} starts from the weight of a linear layer, which a "
+            "stack of experts does not have; use True, 'gaussian' or False"
+        )
+
+
+@contextmanager
+def _dense_stand_ins(model: nn.Module) -> Iterator[None]:
+    """Parameters of the shape and dtype of packed stacks in their place, without memory.
+
+    PEFT finds no parametrised parameter once it is wrapped, and decodes others to see their sizes.
+    """
+    taken = []
+    for module in experts_modules(model).values():
+        packed = [
+            name
+            for name in ExpertsLayout.of(module).projections
+            if _four_bit.parametrised(module, name) is not None
+        ]
+        if not packed:
+            continue
+        for name in packed:
+            stored = stored_weight(module, name)
+            shape = (stored.experts, *stored.shape)
+            value = torch.empty((), dtype=stored.dtype, device=stored.device).expand(shape)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        taken.append((module, type(module), packed, module._modules.pop("parametrizations")))
+        module.__class__ = type(module).__bases__[0]
+    try:
+        yield
+    finally:
+        for module, kind, packed, parametrisations in taken:
+            module.__class__ = kind
+            module._modules["parametrizations"] = parametrisations
+            for name in packed:
+                del module._parameters[name]
 
 
 def full_names(model: nn.Module, targets: list[str] | None) -> list[str] | None:
@@ -101,8 +165,46 @@ def load_factors(model: PeftModel, directory: Path, adapter_name: str, version: 
         found[match["factor"]] = value
     for name, chain in chains.items():
         _fill(chain, pairs.get(name, {}), adapter_name, version)
-    if rest:
-        set_peft_model_state_dict(model, rest, adapter_name=adapter_name)
+    filled = {id(value) for chain in chains.values() for value in _factors_of(chain)}
+    _fill_others(model, rest, adapter_name, filled)
+
+
+def _fill_others(
+    model: PeftModel, state: dict[str, Tensor], adapter_name: str, filled: Container[int]
+) -> None:
+    """Let PEFT fill what is on no expert parameter, from everything that is left.
+
+    Raises:
+        ValueError: something is left over, or a factor gets nothing.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    factors = [match for match in map(_FACTOR.match, state) if match is not None]
+    unknown = [each.string for each in factors if each["path"] + each["depth"] not in modules]
+    missing = [name for name, _ in model.named_parameters()]
+    if state and not unknown:
+        result = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+        unknown, missing = list(result.unexpected_keys), list(result.missing_keys)
+    if unknown:
+        raise ValueError(f"the checkpoint holds {_some(unknown)}, which the model has no place for")
+    own = {
+        name: id(value)
+        for name, value in model.named_parameters()
+        if f".{adapter_name}." in name and "lora_" in name
+    }
+    missing = [name for name in missing if name in own and own[name] not in filled]
+    if missing:
+        raise ValueError(f"the checkpoint holds no values for {_some(missing)}")
+
+
+def _factors_of(chain: WrapperChain) -> Iterator[Tensor]:
+    for wrapper in chain.adapting:
+        yield from wrapper.lora_A.parameters()
+        yield from wrapper.lora_B.parameters()
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import nn
 
 from ._experts import ExpertsLayout, experts_modules, stored_weight
-from ._wrappers import WrapperChain, without_wrappers
+from ._wrappers import WrapperChain, left_out_by, without_wrappers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,22 +116,32 @@ def coverage_of(model: nn.Module, chains: Sequence[WrapperChain]) -> Coverage:
 
 
 def check_targets(model: nn.Module) -> None:
-    """Every entry of every adapter's target_parameters names a parameter that is adapted.
+    """Every entry of every adapter's target_parameters names a parameter that is adapted, and none
+    is adapted that another setting leaves out.
 
     Raises:
-        ValueError: an entry matched nothing.
+        ValueError: an entry matched nothing, or a setting was ignored.
     """
-    names = {
-        f"{without_wrappers(name)}.{module.parameter_name}"
+    wrappers = {
+        f"{without_wrappers(name)}.{module.parameter_name}": module
         for name, module in model.named_modules()
         if isinstance(module, peft_layer.ParamWrapper)
     }
+    names = set(wrappers)
     for adapter, config in getattr(model, "peft_config", {}).items():
         for target in getattr(config, "target_parameters", None) or ():
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise ValueError(
                     f"target_parameters of adapter {adapter!r} names {target!r}, which matched no "
                     "parameter (quantised parameters are matched by their full names only)"
+                )
+        for name, wrapper in wrappers.items():
+            setting = left_out_by(config, name) if adapter in wrapper.lora_A else None
+            if setting is not None:
+                raise ValueError(
+                    f"{setting} of adapter {adapter!r} leaves {name} out, but PEFT has adapted it: "
+                    "it asks that setting for target_modules only. Name the parameters in full in "
+                    "target_parameters, or add the adapter by integrations.peft.adapt"
                 )
 
 

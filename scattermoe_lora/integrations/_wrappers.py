@@ -1,10 +1,13 @@
 """PEFT's wrappers on expert parameters: finding those of a module, and nesting them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ._experts import ExpertsLayout, UnsupportedExpertsError, is_experts
@@ -69,6 +72,47 @@ def wrapper_chains(model: nn.Module) -> list[WrapperChain]:
 def without_wrappers(name: str) -> str:
     """A dotted name as it is without PEFT's wrappers."""
     return name.replace(".base_layer", "")
+
+
+def left_out_by(config: Any, name: str) -> str | None:
+    """The setting by which PEFT would leave the module of a parameter out, were it targeted itself.
+
+    PEFT does not ask it for parameters.
+    """
+    module = name.removeprefix("base_model.model.").rpartition(".")[0]
+    for setting in ("exclude_modules", "layers_to_transform"):
+        alone = copy.copy(config)
+        alone.target_modules, alone.modules_to_save = [module.rpartition(".")[2]], None
+        for other in {"exclude_modules", "layers_to_transform"} - {setting}:
+            setattr(alone, other, None)
+        if not check_target_module_exists(alone, module):
+            return setting
+    return None
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """Every wrapper of PEFT in a model."""
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def take_off(model: nn.Module, *, keep: Sequence[nn.Module]) -> None:
+    """Put what PEFT wrapped in the place of its wrappers, of a model half wrapped too.
+
+    keep: the wrappers that stay.
+    """
+    found = {id(wrapper) for wrapper in tuner_layers(model)}
+    taken = found - {id(wrapper) for wrapper in keep}
+    for parent in list(model.modules()):
+        if id(parent) in taken:
+            continue
+        for attribute, child in list(parent.named_children()):
+            inner: Any = child
+            while id(inner) in taken:
+                layered = isinstance(inner, BaseTunerLayer)
+                inner = inner.base_layer if layered else inner.original_module
+            if inner is not child:
+                setattr(parent, attribute, inner)
 
 
 def nest_by_projection(chain: WrapperChain) -> None:

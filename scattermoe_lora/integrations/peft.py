@@ -31,6 +31,9 @@ from ._wrappers import (
     WrapperChain,
     nest_as_found,
     nest_by_projection,
+    take_off,
+    tuner_layers,
+    without_wrappers,
     wrapper_chains,
 )
 
@@ -125,15 +128,17 @@ def expert_parameters(
 ) -> list[str]:
     """Full names of the experts' parameters, for `LoraConfig(target_parameters=...)`.
 
-    Full names are what PEFT needs to find quantised parameters; they serve dense ones as well.
+    Full names are what PEFT needs to find quantised parameters; they serve dense ones as well. They
+    are those of the model without adapters.
 
     Raises:
         ValueError: no experts module has such a parameter.
         UnsupportedExpertsError: as `experts_modules`.
     """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = [
-        f"{name}.{parameter}"
-        for name, module in experts_modules(model).items()
+        f"{without_wrappers(name)}.{parameter}"
+        for name, module in experts_modules(base).items()
         for parameter in ExpertsLayout.of(module).projections
         if parameter in projections
     ]
@@ -252,6 +257,9 @@ def load_adapter(
     version = written_version(directory, written_by)
     config = PeftConfig.from_pretrained(str(directory))
     config.inference_mode = not trainable
+    if isinstance(config, LoraConfig) and not config.target_modules:
+        # They had no effect on what PEFT wrote.
+        config.layers_to_transform = config.exclude_modules = None
     with _new_adapter(model, config, adapter_name) as adapted:
         attach(adapted)
         load_factors(adapted, directory, adapter_name, version)
@@ -308,20 +316,29 @@ def unmerge(model: nn.Module) -> None:
 def _new_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[PeftModel]:
     """PEFT's wrappers for a configuration, taken off again where the body fails."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    adapted = new_wrappers(model, config, adapter_name)
-    had_adapters = adapted is model
+    before = tuner_layers(model)
+    present = set(model.peft_config) if isinstance(model, PeftModel) else None
     try:
-        yield adapted
+        yield new_wrappers(model, config, adapter_name)
     except BaseException:
-        if had_adapters:
-            adapted.delete_adapter(adapter_name)
-        else:
-            adapted.unload()
+        if present is None:
             # PEFT marks the model that it wraps.
             vars(model).pop("peft_config", None)
+        elif adapter_name not in present:
+            _forget(model, adapter_name)
+        take_off(model, keep=before)
         for parameter, trains in trained:
             parameter.requires_grad_(trains)
         raise
+
+
+def _forget(model: Any, adapter_name: str) -> None:
+    """Take an adapter off, also one that PEFT has not added everywhere."""
+    if adapter_name in model.peft_config:
+        model.delete_adapter(adapter_name)
+        return
+    for module in tuner_layers(model):
+        module.delete_adapter(adapter_name)
 
 
 def _attached(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
