@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 import scattermoe_lora as lib
 from conftest import DEVICE
+from verify.captured import FAMILIES
+from verify.cases import CASES, LAYOUTS, VALUES
 from verify.coverage import boundaries, tails
 from verify.findings import read, write_failure
 from verify.inputs import DTYPES
 from verify.report import failure_line
-from verify.routings import expert_counts
+from verify.routings import KINDS, expert_counts
 from verify.run import Outcome, Problem, Selection, dtype_name, guarded_run
 from verify.spec import KernelSpec
 from verify.specs import KERNELS
@@ -93,6 +95,66 @@ def test_the_quick_selection_meets_every_path_and_both_sides_of_every_boundary(k
     for path, words in met.items():
         wanted = ROWS | WIDTHS | {"R even", "R below", "R tail"}
         assert wanted <= words, (path, sorted(wanted - words))
+
+
+LAYOUT_FREE = ("routing", "dequantize_four_bit", "dequantize_scaled")
+"""Kernels that read neither rows nor a weight of a linear problem."""
+LINEAR = tuple(spec for spec in KERNELS if spec.name not in LAYOUT_FREE)
+PIPELINES = {"expert_linear", "experts_mlp"}
+
+
+@pytest.mark.parametrize("spec", LINEAR, ids=lambda spec: spec.name)
+def test_every_kind_of_routing_layout_and_value_is_met(spec):
+    """By the quick selection; of pipelines, whose kernels meet all of them, by the full one."""
+    cases = [problem.case for problem in QUICK if problem.spec is spec]
+    layouts, values = set(LAYOUTS), set(VALUES)
+    routings, adapters = set(KINDS), {"same", "float32"}
+    if spec.name in PIPELINES:
+        cases = [case for case in spec.cases if "model" not in case.tags]
+    if spec.name == "experts_mlp":
+        # Products of two projections overflow, and the layer checks no strided or fp32 operand
+        # that its projections do not.
+        layouts, adapters = {"contiguous", "transposed"}, {"same"}
+        values -= {"huge-x", "huge-dy", "tiny-x"}
+    if spec.name == "group":
+        values, routings = values - {"tiny-dy"}, routings - {"only"}
+    assert {case.weight_layout for case in cases} >= layouts
+    assert {case.x_layout for case in cases} >= layouts
+    assert {case.values for case in cases} >= values
+    assert {case.routing.name for case in cases} >= routings
+    assert {case.lora_dtype for case in cases} >= adapters
+    assert {case.family for case in cases} >= {"", *FAMILIES}
+    sizes = [(case.k_in % 2, case.n_out % 2, case.rank % 2) for case in cases]
+    assert {(0, 0, 0), (0, 0, 1)} <= set(sizes)
+    assert (1, 1, 1) in sizes or spec.name in ("experts_mlp", "glu_forward", "glu_backward")
+
+
+@pytest.mark.parametrize("values", [kind for kind in VALUES if kind != "normal"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_kind_of_value_is_what_its_name_says(values, dtype):
+    """In the storage type of the operands: a kind that fell out would test nothing."""
+    finfo = torch.finfo(dtype)
+    (case, *_) = (case for case in CASES if case.values == values)
+    inputs = LORA_FORWARD.inputs(case, dtype, "balanced", torch.device("cpu"))
+    kind, _, name = values.partition("-")
+    if kind in ("tiny", "huge"):
+        sizes = inputs[name].float().abs()
+        if kind == "tiny":
+            assert ((sizes > 0) & (sizes < finfo.smallest_normal)).float().mean() > 0.5
+        else:
+            assert sizes.max() > finfo.max / 2**10
+            assert torch.isfinite(sizes).all()
+    elif kind == "scales":
+        norms = inputs["weight"].float().flatten(1).abs().amax(1)
+        assert norms.max() / norms.min() > 2.0**6
+    elif kind == "not":
+        bad = [(~torch.isfinite(inputs[name])).any(1).sum() for name in ("x", "dy")]
+        assert bad[0] == 2
+        assert bad[1] == (0 if case.drops else 2)
+        assert inputs["x"].isnan().any()
+        assert inputs["x"].isinf().any()
+    else:
+        assert inputs["x"].float().mean() > 0.5
 
 
 @pytest.mark.parametrize(
