@@ -19,6 +19,8 @@ PACKAGES = (
 STATUSES = ("good", "note", "bad")
 _OLDEST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "peft": (0, 18, 1)}
 _SHARED_MEMORY = 99 * 1024
+_NEWEST_TRITON = (3, 9)
+"""The newest Triton that anything here was tried with."""
 _TRITON_OF_TORCH: dict[tuple[int, ...], tuple[int, int]] = {
     (2, 11): (3, 6),
     (2, 12): (3, 7),
@@ -146,6 +148,17 @@ def _devices(facts: Facts) -> list[Diagnosis]:
         found.append(_no_gpu(facts))
     for gpu in facts.gpus:
         found += _gpu(gpu)
+    if any(gpu.capability[0] == 9 for gpu in facts.gpus) and facts.version("triton")[:2] == (3, 6):
+        found.append(
+            Diagnosis(
+                subject="Triton 3.6 on this GPU",
+                status="note",
+                found="its ptxas (CUDA 12.8) compiles some LoRA products wrongly whose weight no "
+                "tensor map can address (widths that are no multiple of 8)",
+                advice="nothing: such kernels are not launched here; `python -m verify compile` "
+                "looks for their like in yours",
+            )
+        )
     if facts.gpus and facts.interpret:
         found.append(
             Diagnosis(
@@ -243,6 +256,28 @@ def _triton(facts: Facts) -> list[Diagnosis]:
                 advice="pip install 'numpy<2.4', or Triton 3.7 or newer",
             )
         )
+    if facts.interpreting and (3, 6) <= triton[:2] <= _NEWEST_TRITON:
+        found.append(
+            Diagnosis(
+                subject="bf16 in Triton's interpreter",
+                status="note",
+                found=f"Triton {facts.versions['triton']} multiplies and adds the bit patterns of "
+                "bf16 as integers, and cuts off where it should round",
+                advice="nothing here: importing scattermoe_lora corrects it, tests itself and "
+                "refuses bf16 otherwise; results of other kernels in bf16 mean nothing",
+            )
+        )
+    if triton[:2] > _NEWEST_TRITON:
+        found.append(
+            Diagnosis(
+                subject=f"Triton {facts.versions['triton']}",
+                status="note",
+                found=f"newer than {_dotted(_NEWEST_TRITON)}, the newest that was tried; 3.10 no "
+                "longer fuses products with sums unless told to, so results and registers differ",
+                advice="run `python -m verify` before you trust it, and compare no compiled "
+                "baseline of an older Triton",
+            )
+        )
     expected = _TRITON_OF_TORCH.get(torch_version[:2])
     if facts.cuda and triton and expected and triton[:2] != expected:
         found.append(
@@ -271,9 +306,36 @@ def _hugging_face(facts: Facts) -> list[Diagnosis]:
     for name in ("transformers", "peft"):
         if facts.version(name):
             found.append(_required(facts, name))
+    found += _peft(facts)
+    transformers, peft = facts.version("transformers"), facts.version("peft")
+    if transformers >= (5, 23) and () < peft < (0, 20):
+        found.append(
+            Diagnosis(
+                subject=f"transformers {facts.versions['transformers']} and PEFT "
+                f"{facts.versions['peft']}",
+                status="note",
+                found="load_adapter of transformers refuses PEFT older than 0.20",
+                advice="pip install 'peft>=0.20', or load adapters with "
+                "scattermoe_lora.integrations.peft.load_adapter",
+            )
+        )
+    if transformers and facts.version("bitsandbytes"):
+        found.append(
+            Diagnosis(
+                subject=f"transformers {facts.versions['transformers']} and bitsandbytes",
+                status="note",
+                found="load_in_4bit leaves fused experts in 16 bit, without a word, and "
+                "save_pretrained of packed experts fails",
+                advice="load with scattermoe_lora.integrations.loading.load_model",
+            )
+        )
+    return found
+
+
+def _peft(facts: Facts) -> list[Diagnosis]:
     peft = facts.version("peft")
     if peft == (0, 19, 0):
-        found.append(
+        return [
             Diagnosis(
                 subject="PEFT 0.19.0",
                 status="bad",
@@ -282,23 +344,25 @@ def _hugging_face(facts: Facts) -> list[Diagnosis]:
                 advice="pip install 'peft>=0.19.1'; adapters saved by 0.19.0 are read by "
                 "scattermoe_lora, not by PEFT",
             )
-        )
-    elif (0, 19, 1) <= peft <= (0, 21, 2) and facts.version("bitsandbytes"):
+        ]
+    if not peft or not facts.version("bitsandbytes"):
+        return []
+    what = "merging changes nothing, without a word"
+    if (0, 19, 1) <= peft < (0, 21):
+        what = f"its forward pass ignores and never trains one of two adapters; {what}"
+    elif (0, 21) <= peft <= (0, 21, 2):
         what = (
-            "ignores and never trains one of two adapters"
-            if peft < (0, 21)
-            else "adds the adapter anew in every forward pass, and raises in the second step"
+            f"every forward pass adds the adapter anew, and the second training step raises; {what}"
         )
-        found.append(
-            Diagnosis(
-                subject=f"PEFT {facts.versions['peft']} on experts quantised by bitsandbytes",
-                status="note",
-                found=f"PEFT's own forward pass {what}; merging changes nothing, without a word",
-                advice="use the integration of scattermoe_lora, which goes round it and merges "
-                "by itself; take no result of plain PEFT as a reference",
-            )
+    return [
+        Diagnosis(
+            subject=f"PEFT {facts.versions['peft']} on experts quantised by bitsandbytes",
+            status="note",
+            found=what,
+            advice="use the integration of scattermoe_lora, which goes round it and merges "
+            "by itself; take no result of plain PEFT as a reference",
         )
-    return found
+    ]
 
 
 def _bitsandbytes(facts: Facts) -> list[Diagnosis]:
