@@ -102,6 +102,13 @@ def test_a_slowdown_of_one_benchmark_fails_the_run(runs, name):
     assert said(result, "exit status 1")
 
 
+def test_a_kernel_three_times_slower_fails_the_run(runs):
+    runs.save(*FEW)
+    result = runs.compare(*FEW, speeds=Speeds(slower={FIRST: 3.0}))
+    assert result.ret == 1
+    assert said(result, f"regression: {FIRST}: +20")
+
+
 def test_a_faster_run_passes(runs):
     runs.save(*FEW)
     assert runs.compare(*FEW, speeds=Speeds(every=0.8)).ret == 0
@@ -196,6 +203,47 @@ def test_no_benchmark_at_all(runs):
     result = runs.compare("-k", "nothing_is_called_so")
     assert result.ret == 1
     assert said(result, "no benchmark was measured")
+
+
+def test_benchmarks_that_are_only_collected(runs):
+    runs.save(*FEW)
+    result = runs.compare(*FEW, "--collect-only")
+    assert result.ret == 1
+    assert runs.devices[-1].asked == []
+
+
+def test_a_file_that_is_skipped_as_a_whole(runs):
+    runs.save(*FEW)
+    file = runs.pytester.path / COPY
+    skip = 'pytest.skip("not today", allow_module_level=True)\n'
+    file.write_text(file.read_text().replace("pytestmark", skip + "pytestmark"))
+    result = runs.compare(*FEW)
+    assert result.ret == 1
+    assert said(result, "11 of 11 benchmarks of the baseline were not measured")
+
+
+def test_a_file_that_is_gone(runs):
+    runs.save(*FEW)
+    (runs.pytester.path / COPY).unlink()
+    result = runs.compare(*FEW)
+    assert result.ret == 1
+    assert said(result, "no benchmark was measured")
+
+
+def test_another_test_that_fails_beside_unchanged_benchmarks(runs):
+    runs.pytester.makepyfile(test_other="def test_of_a_kernel(): assert False")
+    words = (*FEW, "--benchmark-save=base")
+    assert runs(*words).ret == 1
+    result = runs.compare(*FEW)
+    assert said(result, "0 regression, 0 improvement, 11 same")
+    assert result.ret == 1
+
+
+def test_a_run_that_stops_at_its_first_failure(runs):
+    runs.save(*FEW)
+    result = runs.compare(*FEW, "-x", problems={FIRST: "failed: y errs by 0.3"})
+    assert result.ret == 1
+    assert said(result, "11 of 11 benchmarks of the baseline were not measured")
 
 
 def test_a_renamed_benchmark(runs):
