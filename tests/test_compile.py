@@ -1,13 +1,20 @@
 """Compiling for architectures that are not at hand, and how many variants a plan compiles."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
+import torch
 
-from verify.ahead import serialised
+from verify.ahead import ARCHITECTURES, serialised
+from verify.commands.compile import Baseline, _outcome
+from verify.compile_check import PACKAGE, QWEN3, jobs
 from verify.uniform_registers import misread
 
 pytestmark = [pytest.mark.correctness, pytest.mark.compile]
@@ -113,6 +120,46 @@ def test_a_difference_fails(accepted, tmp_path, name, value):
     assert ran.returncode == 1
     assert job in ran.stdout
     assert name in ran.stdout
+
+
+@pytest.mark.parametrize("number", ARCHITECTURES)
+def test_the_full_matrix_has_every_candidate_of_an_architecture_once(number):
+    lib = importlib.import_module(PACKAGE)
+    short, full = list(jobs([number], full=False)), list(jobs([number], full=True))
+    assert len(short) <= 50
+    assert full[: len(short)] == short
+    assert max(Counter(job.key for job in full).values()) == 1
+    for dtype in ("bfloat16", "float32"):
+        problem = lib.Problem(
+            operation=lib.Operation.LORA_FORWARD, rows=QWEN3.rows, experts=QWEN3.experts,
+            k=QWEN3.k, n=QWEN3.n, rank=QWEN3.rank, dtype=getattr(torch, dtype),
+            precision=lib.Precision.IEEE, w_map="nk",
+        )  # fmt: skip
+        plans = lib.candidates(problem, ARCHITECTURES[number].device(lib))
+        wanted = Counter(plan.path.value for plan in plans if plan.path is not lib.Path.GROUPED_MM)
+        made = Counter(
+            job.path
+            for job in full
+            if job.operation == "lora_forward"
+            and (job.shape.name, job.shape.tokens) == (QWEN3.name, QWEN3.tokens)
+            and (job.shape.rank, job.shape.dtype) == (QWEN3.rank, dtype)
+        )
+        assert all(made[path] >= count for path, count in wanted.items())
+        assert set(wanted) == {"epilogue", "fused", "split"}
+
+
+@pytest.mark.parametrize(
+    ("stack", "beyond", "words"),
+    [(0, True, ""), (8, True, "k uses a stack"), (0, False, "is not in the baseline")],
+)
+def test_plans_beyond_the_baseline_may_compile_and_may_not_spill(stack, beyond, words):
+    job = next(iter(jobs([80], full=False)))
+    done = Future()
+    done.set_result(([{"kernel": "k", "stack": stack}], []))
+    baseline = Baseline(path=Path("compile.json"), values={"another job": []}, whole=True)
+    found = _outcome(job, done, baseline, accept=False, beyond=beyond)
+    assert found["status"] == ("failed" if words else "passed")
+    assert found["reason"].endswith(words)
 
 
 def test_an_interpreting_process_refuses():

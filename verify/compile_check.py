@@ -81,6 +81,7 @@ PLAIN = (
     "dequantize_scaled",
 )
 _MORE_RANKS = (4, 64, 128)
+_WITHOUT_RANK = ("scatter2scatter", "expert_weight_grad")
 _MODELS = (
     QWEN3,
     Shape(name="qwen3-down", experts=128, k=768, n=2048, top_k=8),
@@ -122,8 +123,12 @@ def jobs(architectures: Iterable[int], *, full: bool) -> Iterator[Job]:
 def _every_plan(lib: ModuleType, architecture: Architecture) -> Iterator[Job]:
     known = set(_PLANNED)
     for model in _MODELS:
-        for shape in (model, *(replace(model, rank=rank) for rank in _MORE_RANKS)):
+        shapes = [model, *(replace(model, rank=rank) for rank in _MORE_RANKS)]
+        shapes += [replace(model, dtype="float32")] if model is QWEN3 else []
+        for shape in shapes:
             for operation in lib.Operation:
+                if shape.rank != model.rank and operation.value in _WITHOUT_RANK:
+                    continue
                 plans = _plans(lib, operation.value, "", shape, architecture)
                 seen: dict[str, int] = {}
                 for plan in plans:
@@ -161,7 +166,7 @@ def _problem(lib: ModuleType, operation: str, shape: Shape) -> Any:
         experts=shape.experts,
         k=k,
         n=shape.rank if wide else n,
-        rank=0 if operation in ("scatter2scatter", "expert_weight_grad") else shape.rank,
+        rank=0 if operation in _WITHOUT_RANK else shape.rank,
         dtype=shape.torch_dtype,
         precision=lib.Precision.IEEE,
         w_map="" if gradient else "kn" if backward else "nk",
