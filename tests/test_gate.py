@@ -260,6 +260,15 @@ def test_results_that_changed_are_judged_before_they_are_timed(error, measured):
         assert visit.reason.startswith("_WrongError: dense errs by")
 
 
+@pytest.mark.parametrize("counts", [(0, 0), (3, 0)])
+def test_launches_that_the_profiler_does_not_see_are_not_equal(counts, monkeypatch):
+    found = iter(counts)
+    monkeypatch.setattr("verify.gate_measure.launches", lambda call, device: next(found))
+    (visit,) = pairs_of(arm_of).visits([DEQUANT], 0)
+    assert not visit.samples
+    assert visit.reason.startswith("_UncountedError: the profiler saw no kernel")
+
+
 def test_visits_are_read_as_they_were_written():
     (visit,) = Speeds().visits(SIX[:1], 0)
     again = Visit.from_json(json.loads(json.dumps(visit.as_json())))

@@ -166,6 +166,8 @@ class Pairs:
         if self.exact:
             facts["peak_bytes"] = [peak_bytes(arms[n].call, self.device) for n in (BASE, HEAD)]
             facts["launches"] = [launches(arms[n].call, self.device) for n in (BASE, HEAD)]
+            if 0 in facts["launches"]:
+                raise _UncountedError("the profiler saw no kernel: launches cannot be compared")
             facts["invalid"] = self._too_slow(case, drawn)
         return Visit(name=case.name, process=process, samples=samples, facts=facts)
 
@@ -228,6 +230,10 @@ def more_rounds(samples: Sequence[Sequence[float]], precision: float | None) -> 
 
 class _WrongError(Exception):
     """The results that were to be timed are wrong."""
+
+
+class _UncountedError(Exception):
+    """What is to be compared exactly was not counted."""
 
 
 class _ArmError(Exception):
