@@ -102,7 +102,8 @@ def expert_linear(
 
     Returns:
         [rows, N] in `target` order, or [tokens, N] when gates are given. Dropped rows are zero.
-        Under autocast x and weight are cast to the autocast dtype first.
+        Under autocast x and weight are cast to the autocast dtype first. torch.compile traces
+        dense weights without stated plans; others break the graph.
 
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
@@ -116,8 +117,6 @@ def expert_linear(
         raise ValueError(f"gates sum over slots, so target must be SLOT, got {target.name}")
     if lora is not None:
         check_type("lora", lora, LoRAWeights)
-    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
-        return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -125,6 +124,9 @@ def expert_linear(
             weight = weight.to(dtype)
         if lora is not None and lora.a.dtype != torch.float32:
             lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(weight, Tensor) and plans == CHOSEN:
+        return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     check_projection(x, weight, lora, bias, routing, source)
     call = Call(
         routing=routing,
@@ -136,7 +138,14 @@ def expert_linear(
     )
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     dense = weight if isinstance(weight, Tensor) else None
-    return ExpertLinear.apply(x, dense, a, b, bias, gates, call)
+    apply = untraced_linear if compiling else ExpertLinear.apply
+    return apply(x, dense, a, b, bias, gates, call)
+
+
+@torch.compiler.disable(reason="torch.compile traces dense weights without stated plans")
+def untraced_linear(*operands: Any) -> Tensor:
+    """`ExpertLinear.apply`, which breaks a graph instead of being traced down to the launches."""
+    return ExpertLinear.apply(*operands)
 
 
 def compiled_linear(

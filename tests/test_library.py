@@ -1,5 +1,7 @@
 """The registered operators: schema, fakes, gradients, torch.compile."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -101,6 +103,54 @@ def test_stacks_of_tensors_are_traced_and_those_in_blocks_are_not(device, monkey
         for function, is_traced in zip((projection, layer), expected, strict=True):
             found = function({**t, **stored}, t["x"], t["gates"], t["index"])
             assert found == ("traced" if compiling and is_traced else "eager")
+
+
+@pytest.mark.parametrize("function", [projection, layer])
+def test_compiled_under_autocast_equals_eager(function, device):
+    t = draw(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        eager = function(t, t["x"], t["gates"], t["index"])
+        traced = compiled(t, t["x"], t["gates"], t["index"])
+    assert traced.dtype == eager.dtype == torch.bfloat16
+    assert torch.equal(traced, eager)
+
+
+@pytest.mark.parametrize("part", ["projection", "gate_up", "down"])
+def test_stated_plans_are_not_dropped_by_tracing(part, device):
+    t = draw(device)
+    routing = sm.Routing.from_top_k(t["index"], t["experts"])
+    plan = sm.Plan(path=sm.Path.GRAM, tile=sm.Tile(block_m=16, block_n=16, block_k=16))
+    stated = sm.Plans(forward=plan)
+    lora = sm.LoRAWeights(a=t["a1"], b=t["b1"], scaling=1.3)
+
+    def projected(x):
+        orders = {"source": sm.RowOrder.TOKEN, "target": sm.RowOrder.SLOT}
+        return sm.expert_linear(x, t["w1"].mT, routing, lora=lora, plans=stated, **orders)
+
+    def through_layer(x):
+        parts = {
+            "gate_up": sm.Projection(weight=t["w1"].mT, lora=lora),
+            "down": sm.Projection(weight=t["w2"].mT),
+        }
+        parts[part] = dataclasses.replace(parts[part], plans=stated)
+        return sm.experts_mlp(x, t["gates"], routing, **parts, activation=sm.Activation())
+
+    function = projected if part == "projection" else through_layer
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        with pytest.raises(ValueError, match="has no path 'gram'"):
+            call(t["x"])
+
+
+@pytest.mark.parametrize("function", [projection, layer])
+def test_stored_experts_break_the_graph_and_give_the_same(function, device):
+    t = draw(device)
+    stored = {n: StoredWeight(stored=Dense(data=t[n]), transposed=False) for n in ("w1", "w2")}
+    eager = value_and_gradients(function, {**t, **stored})
+    traced = value_and_gradients(torch.compile(function, backend="aot_eager"), {**t, **stored})
+    assert len(eager) == len(traced) > 2
+    for expected, got in zip(eager, traced, strict=True):
+        assert torch.equal(expected, got)
 
 
 def test_operators_pass_opcheck(device):

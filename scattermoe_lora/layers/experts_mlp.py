@@ -113,18 +113,19 @@ def experts_mlp(
     Returns:
         [tokens, H] in the dtype of hidden; differentiable in hidden, gates and every weight that
         asks. Under autocast hidden and the weights are cast to the autocast dtype first.
+        torch.compile traces dense weights without stated plans; others break the graph.
 
     Raises:
         TypeError, ValueError: an operand does not fit; the message names it and both numbers.
     """
     _check_widths(hidden, gates, routing, gate_up, down)
     check_type("activation", activation, Activation)
-    dense = isinstance(gate_up.weight, Tensor) and isinstance(down.weight, Tensor)
-    if torch.compiler.is_compiling() and dense:
-        return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
+    compiling = torch.compiler.is_compiling()
+    if compiling and _traceable(gate_up) and _traceable(down):
+        return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
     check_projection(hidden, gate_up.weight, gate_up.lora, gate_up.bias, routing, RowOrder.TOKEN)
     check_down(hidden, down, routing, width=gate_up.weight.shape[2] // 2)
     call = LayerCall(
@@ -132,7 +133,14 @@ def experts_mlp(
         down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
         activation=activation,
     )
-    return ExpertsMLP.apply(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
+    apply = untraced_mlp if compiling else ExpertsMLP.apply
+    return apply(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
+
+
+@torch.compiler.disable(reason="torch.compile traces dense weights without stated plans")
+def untraced_mlp(*operands: Any) -> Tensor:
+    """`ExpertsMLP.apply`, which breaks a graph instead of being traced down to the launches."""
+    return ExpertsMLP.apply(*operands)
 
 
 def compiled_mlp(
@@ -254,6 +262,11 @@ def _call(projection: Projection, routing: Routing, source: RowOrder, target: Ro
         plans=projection.plans or CHOSEN,
         blocks=None if isinstance(projection.weight, Tensor) else projection.weight,
     )
+
+
+def _traceable(projection: Projection) -> bool:
+    """Whether the registered operator takes it: it knows neither blocks nor plans."""
+    return isinstance(projection.weight, Tensor) and projection.plans in (None, CHOSEN)
 
 
 def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
