@@ -1,0 +1,141 @@
+"""Campaigns on several GPUs, their launches under compute-sanitizer, and what is planted in the
+kernels that they must find.
+"""
+
+import argparse
+import ast
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import broken_kernels
+import pytest
+import torch
+
+from verify.cases import SMOKE
+from verify.commands import fuzz as command
+from verify.draws import Draw
+from verify.fuzz import Campaign, Settings
+from verify.run import Outcome
+from verify.sanitize import EVERY_PLAN, Job
+from verify.specs import KERNELS
+
+pytestmark = pytest.mark.correctness
+
+POOL = {"combine": [{"dtype": "float32", "path": "default", "label": "default", "unavailable": ""}]}
+
+
+class Stillness(Campaign):
+    """A campaign whose workers are ready at once and do nothing."""
+
+    def __init__(self, *arguments) -> None:
+        self.started: list[tuple[str, bool]] = []
+        super().__init__(*arguments)
+
+    def _started(self, device, *, pools=False):
+        self.started.append((device, pools))
+        self.pools = POOL
+        process = SimpleNamespace(ready=True, idle=True)
+        self._processes.append(process)
+        return process
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_gpu_has_its_workers(tmp_path, workers):
+    devices = ("cuda:0", "cuda:1", "cuda:2")
+    settings = Settings(devices=devices, workers=workers, kernels=("combine",))
+    campaign = Stillness(tmp_path, settings, {spec.name: spec for spec in KERNELS})
+    campaign._start_all()
+    names = [device for device, _ in campaign.started]
+    assert {device: names.count(device) for device in devices} == dict.fromkeys(devices, workers)
+    # The first worker alone says which plans there are.
+    assert [pools for _, pools in campaign.started] == [True] + [False] * (len(names) - 1)
+
+
+def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert command._devices(torch.device("cuda")) == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+    assert command._devices(torch.device("cuda:2")) == ("cuda:2",)
+    assert command._devices(torch.device("cpu")) == ("cpu",)
+
+
+def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
+    def workers(gpus: int, processors: int) -> int:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(command.os, "cpu_count", lambda: processors)
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        arguments = parser.parse_args(["--directory", str(tmp_path / "new")])
+        return command._settings(arguments, torch.device("cuda"))[1].workers
+
+    assert [workers(1, 16), workers(8, 16), workers(8, 4)] == [4, 2, 1]
+
+
+class Sanitizer:
+    """Finds an error in every launch in fp16."""
+
+    def __init__(self) -> None:
+        self.asked: list[Job] = []
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.asked += jobs
+        wrong = [job.draw.dtype == "float16" for job in jobs]
+        return [
+            job.outcome("failed" if bad else "passed", "an invalid read" if bad else "")
+            for job, bad in zip(jobs, wrong, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("dtype", "status"), [("float16", 1), ("float32", 0)])
+def test_kept_launches_run_under_the_sanitizer_and_its_errors_count(
+    dtype, status, monkeypatch, tmp_path
+):
+    sanitizer, home = Sanitizer(), tmp_path / "campaign"
+    draws = [
+        Draw(kernel="combine", case=SMOKE[0], dtype=dtype, mode="balanced", path="default", seed=k)
+        for k in range(5)
+    ]
+
+    class Short(Campaign):
+        def run(self, seconds, *, enough=0):
+            for draw in draws:
+                self.counts.add(draw, "passed")
+            self._kept = list(draws)
+            self.pools = POOL
+            self.coverage.paths.add("combine [default]")
+            yield
+
+    monkeypatch.setattr("verify.fuzz.Campaign", Short)
+    monkeypatch.setattr(command, "_sanitizer", lambda settings, device: sanitizer)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["--device", "cpu", "--kernels", "combine", "--seconds", "1", "--sanitize", "3"]
+    arguments = parser.parse_args([*words, "--directory", str(home)])
+    assert command.main(arguments) == status
+    assert len({job.draw for job in sanitizer.asked}) == 3
+    assert {job.tool for job in sanitizer.asked} == {EVERY_PLAN}
+    sanitized = json.loads((home / "fuzz.json").read_text())["sanitized"]
+    assert [item["status"] for item in sanitized] == ["failed" if status else "passed"] * 3
+
+
+def test_without_the_sanitizer_nothing_is_started(tmp_path):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    home = tmp_path / "campaign"
+    words = ["--device", "cpu", "--seconds", "1", "--sanitize", "3", "--directory", str(home)]
+    with pytest.raises(SystemExit, match="--sanitize: "):
+        command.main(parser.parse_args(words))
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("fault", broken_kernels.FAULTS)
+@pytest.mark.parametrize("kernel", ["scatter2scatter", "glu_forward"])
+def test_every_fault_can_be_planted_in_the_sources_of_today(kernel, fault, tmp_path):
+    tree = broken_kernels.plant(kernel, fault, tmp_path)
+    changed = [
+        path
+        for path in broken_kernels.PACKAGE.rglob("*.py")
+        if (tree / path.relative_to(broken_kernels.PACKAGE)).read_text() != path.read_text()
+    ]
+    (path,) = changed
+    ast.parse((tree / path.relative_to(broken_kernels.PACKAGE)).read_text())
