@@ -63,8 +63,8 @@ def stretched(inputs: Inputs, dim: int) -> Inputs:
 
 
 class FarOutputs(TorchDispatchMode):
-    """Context in which what is allocated empty has its rows up to 2^31 elements apart (dim -2), or
-    gaps between its columns (dim -1).
+    """Context in which what is allocated empty has its experts (dim -3) or its rows (dim -2) up to
+    2^31 elements apart, or gaps between its columns (dim -1).
 
     narrow: width of outputs that are one number per slot, which kernels address without strides.
     """
@@ -80,11 +80,13 @@ class FarOutputs(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func not in _EMPTY or not result.is_floating_point() or result.ndim < 2:
             return result
-        if result.shape[-1] == self._narrow or (self._dim == -2 and result.ndim > 2):
+        if result.shape[-1] == self._narrow:
             return result
-        if self._dim == -2:
-            return _far([result], -2)[0].fill_(torch.nan) if _stretches(result, -2) else result
-        return result.new_empty((*result.shape, _GAP)).select(-1, 0) if self._dim == -1 else result
+        if self._dim == -1:
+            return result.new_empty((*result.shape, _GAP)).select(-1, 0)
+        if result.ndim > 3 or not _stretches(result, self._dim):
+            return result
+        return _far([result], self._dim)[0].fill_(torch.nan)
 
 
 def _stretches(value: Tensor, dim: int) -> bool:
