@@ -129,6 +129,7 @@ def test_the_full_matrix_has_every_candidate_of_an_architecture_once(number):
     assert len(short) <= 50
     assert full[: len(short)] == short
     assert max(Counter(job.key for job in full).values()) == 1
+    assert {job.shape.rank for job in full if job.operation == "scatter2scatter"} == {QWEN3.rank}
     for dtype in ("bfloat16", "float32"):
         problem = lib.Problem(
             operation=lib.Operation.LORA_FORWARD, rows=QWEN3.rows, experts=QWEN3.experts,
