@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from plain_layer import references  # noqa: F401
 from safetensors.torch import load_file, save_file
 from test_adapter_laws import EXPERTS, NAMES, facts, logits, model_of
-from test_bitsandbytes import loaded
+from test_bitsandbytes import loaded as loaded_anywhere
 from test_peft import adapted, ours, randomise, wrappers
 from test_transformers import experts_module, operands
 from transformers.integrations import finegrained_fp8
@@ -42,6 +42,11 @@ def adapter(*, packed=False, seed=3, **settings):
     model = adapters.adapt(model_of(packed=packed), config(**settings))
     randomise(model, seed=seed)
     return model
+
+
+def loaded(path, **settings):
+    """A model where the references decode, also beside a GPU."""
+    return loaded_anywhere(path, device_map="cpu", **settings)
 
 
 @contextmanager
@@ -340,7 +345,7 @@ def test_experts_without_values_are_not_merged_into():
         adapters.merge(model)
 
 
-def test_experts_in_fp8_are_computed_as_what_they_decode_to():
+def test_experts_in_fp8_are_computed_as_what_they_decode_to(device):
     kind = use_experts_implementation(
         experts_class=finegrained_fp8.FP8Experts,
         experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS,
@@ -357,16 +362,17 @@ def test_experts_in_fp8_are_computed_as_what_they_decode_to():
         model_type="test",
     )
     module = kind(config=sizes, block_size=(8, 4))
+    dense, module = dense.to(device), module.to(device)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, value in module.named_parameters():
             drawn = torch.rand(value.shape, generator=generator) + 0.1
-            value.data = (drawn if "scale" in name else 3 * drawn - 1.5).to(value.dtype)
+            value.data = (drawn if "scale" in name else 3 * drawn - 1.5).to(device, value.dtype)
             value.requires_grad_(requires_grad=False)
         for name in NAMES:
             stored = stored_experts(module, name)
             getattr(dense, name).copy_(stored.dense(dtype=torch.bfloat16))
-    x, index, weights = operands()
+    x, index, weights = operands(device=device)
     got, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, truth = module(got, index, weights), dense(expected, index, weights)
     assert torch.equal(out, truth)
