@@ -118,6 +118,59 @@ def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
     assert again(tune=9.0, seed=3) == ["check", "fuzz", "bench"]
 
 
+@pytest.mark.correctness
+@pytest.mark.parametrize(
+    ("code", "complete", "status"),
+    [(0, False, "waiting"), (2, False, "waiting"), (1, False, "failed"), (0, True, "passed")],
+)
+def test_a_stage_whose_time_was_over_goes_on_when_it_is_run_again(
+    tmp_path, monkeypatch, code, complete, status
+):
+    stages = (Stage(name="bench", words=("bench",), purpose=""),)
+
+    def ended(stage: Stage) -> Result:
+        record = {"summary": {"complete": complete}}
+        (tmp_path / f"{stage.name}.json").write_text(json.dumps(record))
+        status = "failed" if code else "passed"
+        return Result(name=stage.name, status=status, code=code, words=stage.words)
+
+    monkeypatch.setattr("verify.qualify.run_stage", ended)
+    first = Qualification(tmp_path, stages, {})
+    first.run(lambda stage: None)
+    assert first.results["bench"].status == status
+    assert json.loads(first.file.read_text())["summary"][status] == 1
+    again = Qualification(tmp_path, stages, {})
+    again.resume()
+    assert set(again.results) == ({"bench"} if status == "passed" else set())
+
+
+@pytest.mark.correctness
+def test_an_interrupted_run_keeps_the_stages_before(tmp_path, monkeypatch):
+    ran: list[str] = []
+
+    def ended(stage: Stage) -> Result:
+        ran.append(stage.name)
+        if ran == ["doctor", "check"]:
+            raise KeyboardInterrupt
+        return Result(name=stage.name, status="passed", words=stage.words)
+
+    def qualification() -> Qualification:
+        names = ("doctor", "check", "fuzz")
+        stages = tuple(Stage(name=name, words=(name,), purpose="") for name in names)
+        made = Qualification(tmp_path, stages, {})
+        made.resume()
+        return made
+
+    monkeypatch.setattr("verify.qualify.run_stage", ended)
+    with pytest.raises(KeyboardInterrupt):
+        qualification().run(lambda stage: None)
+    record = json.loads((tmp_path / "qualify.json").read_text())
+    assert not record["summary"]["complete"]
+    assert (record["summary"]["passed"], record["summary"]["waiting"]) == (1, 2)
+    qualification().run(lambda stage: None)
+    assert ran == ["doctor", "check", "check", "fuzz"]
+
+
 def test_a_stage_that_cannot_be_run_here_is_no_failure():
     words = ("sanitize", "--device", "cpu", "--kernels", "glu_forward")
     result = run_stage(Stage(name="sanitize", words=words, purpose="", unavailable=(2,)))

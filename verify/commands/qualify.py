@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the stages; 1 if one failed."""
+    """Run the stages; 1 if one failed or has more to do."""
     for name in ("fuzz", "tune", "bench"):
         if arguments.stages and name not in arguments.stages:
             which = f"--stages {','.join(arguments.stages)}"
@@ -105,12 +105,14 @@ def main(arguments: argparse.Namespace) -> int:
         style = _STYLES[result.status]
         table.add_row(result.name, Text(result.status, style=style), f"{result.seconds:.0f}")
     console.print(table)
+    if record["summary"]["waiting"]:
+        console.print("some stages have more to do: run this again and they go on", style="yellow")
     console.print(Text(f"send back {run.file}"), soft_wrap=True)
     plans = directory / "plans.json"
     if plans.is_file():
         place = f"scattermoe_lora/plans/{gpu_directory_name(str(run.environment['device']))}.json"
         console.print(Text(f"commit {plans} as {place}"), soft_wrap=True)
-    return int(record["summary"]["failed"] > 0)
+    return int(record["summary"]["failed"] + record["summary"]["waiting"] > 0)
 
 
 def too_large(shared_memory: int, capability: tuple[int, int]) -> list[str]:
