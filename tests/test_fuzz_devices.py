@@ -12,6 +12,7 @@ import broken_kernels
 import pytest
 import torch
 
+from conftest import DEVICE
 from verify.cases import SMOKE
 from verify.commands import fuzz as command
 from verify.draws import Draw
@@ -21,6 +22,9 @@ from verify.sanitize import EVERY_PLAN, Job
 from verify.specs import KERNELS
 
 pytestmark = pytest.mark.correctness
+interpreted = pytest.mark.skipif(
+    DEVICE != "cpu", reason="asks for the CPU, where Triton may not interpret"
+)
 
 POOL = {"combine": [{"dtype": "float32", "path": "default", "label": "default", "unavailable": ""}]}
 
@@ -86,6 +90,7 @@ class Sanitizer:
         ]
 
 
+@interpreted
 @pytest.mark.parametrize(("dtype", "status"), [("float16", 1), ("float32", 0)])
 def test_kept_launches_run_under_the_sanitizer_and_its_errors_count(
     dtype, status, monkeypatch, tmp_path
@@ -118,6 +123,7 @@ def test_kept_launches_run_under_the_sanitizer_and_its_errors_count(
     assert [item["status"] for item in sanitized] == ["failed" if status else "passed"] * 3
 
 
+@interpreted
 def test_without_the_sanitizer_nothing_is_started(tmp_path):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
