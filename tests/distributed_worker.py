@@ -134,13 +134,21 @@ def a_rank_without_rows(rank, ranks, device):
     return {name: None if grad is None else float(grad.abs().max()) for name, grad in grads.items()}
 
 
-def fully_sharded(rank, ranks, device):
+def sharded_as_bytes(rank, ranks, device):
     """FSDP2 with frozen packed experts against one process."""
+    return fully_sharded(rank, ranks, device, as_bytes=True)
+
+
+def fully_sharded(rank, ranks, device, *, as_bytes=False):
+    """The same with experts that pass for numbers."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    from scattermoe_lora.integrations.distributed import shardable
+
     model = adapted_model(device, packed=True, layers=2)
     expected = reference(copy.deepcopy(model), ranks, device)
+    assert as_bytes or len(shardable(model)) == 4
     mesh = init_device_mesh(device.type, (ranks,))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)

@@ -5,12 +5,16 @@ import socket
 import distributed_worker
 import pytest
 import torch
+from packaging.version import Version
 from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessException
 
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from scattermoe_lora.integrations.distributed import owned_experts
+from scattermoe_lora.integrations._experts import experts_modules
+from scattermoe_lora.integrations._four_bit import parametrised, parts
+from scattermoe_lora.integrations.distributed import owned_experts, shardable
 
 pytestmark = pytest.mark.hf
 
@@ -22,6 +26,7 @@ SCENARIOS = (
     "a_rank_without_rows",
     "fully_sharded",
     "replicated",
+    "sharded_as_bytes",
 )
 
 
@@ -40,7 +45,7 @@ def outcomes(request):
                 (RANKS, port, request.param, SCENARIOS, results),
                 nprocs=RANKS,
             )
-        except multiprocessing.ProcessException as error:
+        except ProcessException as error:
             failure = str(error)
         return dict(results), failure
 
@@ -96,6 +101,14 @@ def test_fsdp2_with_frozen_packed_experts_equals_one_process(outcomes):
     judge(results_of(outcomes, "fully_sharded"))
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__).release < (2, 13),
+    reason="this torch shards floating-point parameters only",
+)
+def test_fsdp2_takes_packed_experts_as_they_are(outcomes):
+    judge(results_of(outcomes, "sharded_as_bytes"))
+
+
 def test_ddp_equals_one_process(outcomes):
     judge(results_of(outcomes, "replicated"))
 
@@ -111,3 +124,30 @@ def test_experts_are_divided_in_order():
         owned_experts(8, rank=0, ranks=3)
     with pytest.raises(ValueError, match="rank 2 is outside a group of 2"):
         owned_experts(8, rank=2, ranks=2)
+
+
+@pytest.mark.correctness
+def test_packed_experts_that_pass_for_numbers_keep_every_bit():
+    model = distributed_worker.adapted_model(torch.device("cpu"), packed=True)
+    base = model.get_base_model()
+    ids = distributed_worker.batches(1, torch.device("cpu"))[0]
+    before, state = model(input_ids=ids).logits, _packed_bytes(base)
+    names = shardable(model, torch.float16)
+    stacks = {name: p for name, p in base.named_parameters() if name.endswith(".original")}
+    assert len(names) == len(stacks) == 2
+    assert {stack.dtype for stack in stacks.values()} == {torch.float16}
+    assert not any(stack.requires_grad for stack in stacks.values())
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(torch.equal(state[name], value) for name, value in _packed_bytes(base).items())
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got torch\.int32"):
+        shardable(model, torch.int32)
+
+
+def _packed_bytes(model) -> dict[str, torch.Tensor]:
+    """What is saved of the packed stacks."""
+    return {
+        f"{name}.{part}": value
+        for name, module in experts_modules(model).items()
+        for projection in ("gate_up_proj", "down_proj")
+        for part, value in parts(parametrised(module, projection)).items()
+    }

@@ -186,11 +186,31 @@ def _read_packed(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 def parts(packed: Parametrised) -> dict[str, Tensor]:
     """A packed stack as named tensors; shapes and dtypes are bytes of JSON in `quant_state`."""
-    found = {"data": packed.packed}
+    data = packed.packed
+    found = {"data": data if data.dtype == torch.uint8 else data.view(torch.uint8).reshape(-1, 1)}
     for key, value in packed.state.as_dict(packed=True).items():
         name = "quant_state" if key.startswith("quant_state.") else key
         found[name] = value.to(packed.packed.device)
     return found
+
+
+def hold_as(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Hold the bytes of a packed parameter as numbers of another dtype; the bits stay.
+
+    Raises:
+        ValueError: the bytes do not fill whole numbers.
+    """
+    found = parametrised(module, name)
+    assert found is not None, "the parameter is packed"
+    bytes_ = found.packed.view(torch.uint8).reshape(-1)
+    if bytes_.numel() % dtype.itemsize:
+        raise ValueError(
+            f"{name} has {bytes_.numel()} packed bytes, which are no whole numbers of "
+            f"{dtype.itemsize} bytes ({dtype})"
+        )
+    lists: Any = module._modules["parametrizations"]
+    numbers = bytes_.view(dtype).reshape(-1, 1)
+    lists[name]._parameters["original"] = nn.Parameter(numbers, requires_grad=False)
 
 
 def install_parts(module: nn.Module, name: str, found: dict[str, Tensor]) -> None:

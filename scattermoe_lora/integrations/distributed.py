@@ -15,7 +15,9 @@ every rank brings equally many tokens.
 
 FSDP2: `fully_shard` each decoder layer, then the model. Frozen packed experts are sharded as bytes
 and gathered with their layer; scales are replicated. Experts or adapters that are not gathered when
-they are used are refused.
+they are used are refused. torch 2.11 shards floating-point parameters only (2.13 any): there,
+
+    shardable(model)                    before fully_shard, lets packed experts pass for such
 """
 
 import importlib.util
@@ -31,7 +33,7 @@ from ..weights import LoRAWeights
 from . import _four_bit
 from ._experts import ExpertsLayout, experts_modules
 
-__all__ = ["ExpertShard", "expert_parallel", "ignored_by_ddp", "owned_experts"]
+__all__ = ["ExpertShard", "expert_parallel", "ignored_by_ddp", "owned_experts", "shardable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,30 @@ def ignored_by_ddp(model: nn.Module) -> list[str]:
             for factors in (wrapper.lora_A, wrapper.lora_B):
                 owned |= {id(parameter) for parameter in factors.parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in owned]
+
+
+def shardable(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Hold the bytes of packed experts as numbers of a floating dtype; no bit changes.
+
+    Nothing computes with these numbers. Where FSDP2 has a mixed precision policy, `dtype` must be
+    its `param_dtype`: casting them would change the bytes.
+
+    Returns:
+        The names of the packed parameters, none where experts are dense.
+
+    Raises:
+        ValueError: packed bytes do not fill whole numbers of `dtype`.
+        TypeError: dtype is not a floating one.
+    """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    names = []
+    for name, module in experts_modules(model).items():
+        for projection in ExpertsLayout.of(module).projections:
+            if _four_bit.parametrised(module, projection) is not None:
+                _four_bit.hold_as(module, projection, dtype)
+                names.append(f"{name}.{projection}" if name else projection)
+    return names
 
 
 class _Exchange:
