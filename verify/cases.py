@@ -182,6 +182,7 @@ EDGES: tuple[Case, ...] = (
     _small("strided", weight_layout="strided", x_layout="strided", bias=True, gated=True),
     _small("offset", weight_layout="offset", x_layout="offset"),
     _small("turned-rows", x_layout="transposed", tokens=21, k_in=40, n_out=34, rank=4),
+    _small("turned-deep", x_layout="transposed", tokens=13, k_in=150, n_out=34, rank=4),
     _small("transposed-tails", weight_layout="transposed", k_in=70, n_out=90, x_layout="strided"),
     _small("fp32-adapter", lora_dtype="float32", scaling=-1.3),
     _small("fp32-adapter-slot", lora_dtype="float32", source="SLOT", target="SLOT", rank=6),

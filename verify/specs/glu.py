@@ -26,6 +26,10 @@ ACTIVATIONS: Mapping[str, GatedActivation] = {
 }
 
 
+UNGATED = Case(
+    name="ungated", tokens=9, experts=3, top_k=2, k_in=16, n_out=40, tags=frozenset({"edge"})
+)
+"""The case without gates, besides those that all operations share."""
 _NEAR = 6.0
 """Standard deviations within which a value may lie on either side of a limit."""
 
@@ -62,11 +66,10 @@ def _inputs(
         return torch.randn(shape, generator=generator, device=device)
 
     h = 2 * drawn(case.rows, 2 * case.n_out)
-    return inputs.having(
-        h=h.to(dtype),
-        dact=drawn(case.rows, case.n_out).to(dtype),
-        gates=laid_out(drawn(case.tokens, case.top_k), case.x_layout),
-    )
+    inputs = inputs.having(h=h.to(dtype), dact=drawn(case.rows, case.n_out).to(dtype))
+    if case == UNGATED:
+        return inputs
+    return inputs.having(gates=laid_out(drawn(case.tokens, case.top_k), case.x_layout))
 
 
 def _run_forward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
@@ -82,7 +85,7 @@ def _run_backward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Te
         inputs["dact"],
         routing(lib, inputs),
         of_package(lib, activation_of(inputs.case)),
-        gates=inputs["gates"],
+        gates=inputs.get("gates"),
     )
     return {"dh": dh, "act": act, "dgates": dgates}
 
@@ -207,10 +210,11 @@ def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expecte
     case, dtype, activation = inputs.case, inputs.dtype, activation_of(inputs.case)
     h, dact = (Uncertain.exact(inputs[name]) for name in ("h", "dact"))
     slots = _slots(inputs)
-    gates = inputs["gates"].double().reshape(-1)[slots]
+    gates = inputs.get("gates")
+    gates = slots.new_ones(()).expand_as(slots) if gates is None else gates.reshape(-1)[slots]
     act = _lean(glu(h, activation))
     dgates = summed(act.times(dact.rearranged(Tensor.double)), 1).rounded(torch.float32)
-    dh = _lean(glu_gradient(h, dact, gates, activation)).rounded(dtype)
+    dh = _lean(glu_gradient(h, dact, gates.double(), activation)).rounded(dtype)
     placed = dgates.rearranged(lambda part: torch.empty_like(part).index_copy(0, slots, part))
     placed = placed.rearranged(lambda part: part.view(case.tokens, case.top_k))
     owner = torch.zeros(case.tokens, dtype=torch.int64, device=inputs.device)
@@ -265,7 +269,7 @@ GLU_BACKWARD = KernelSpec(
     reference=_reference_backward,
     prepare=routing,
     inputs=_inputs,
-    cases=CASES,
+    cases=(*CASES, UNGATED),
     plans=_plans,
     cost=lambda case, dtype: _cost(case, dtype, streams=6),
     modes=("balanced",),

@@ -7,7 +7,6 @@ rounded to the dtype of the output and allowed no variance, so every output is j
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,81 +20,16 @@ from ..inputs import Inputs
 from ..models import Arithmetic
 from ..numerics import Uncertain
 from ..references_quant import FourBitProblem
-from ..routings import RoutingKind
 from ..spec import BadInput, KernelSpec, Mutant, NamedPlan
 from .common import bytes_of, submodule
+from .quant_cases import FAR_APART, FOUR_BIT, SCALED, UNKNOWN_IDS, Grid, placed
 
 __all__ = ["DEQUANTIZE_FOUR_BIT", "DEQUANTIZE_SCALED"]
 
 _SELECTED_RANGE = range(1, 2)
 """Decoded besides the drawn ids and the whole stack, wherever there are two experts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
-    """How the statistics of a 4-bit case are laid out; outer 0 is not nested."""
-
-    size: int = 64
-    codebook: str = "nf4"
-    outer: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """The storage of an 8-bit case: int8 with a scale per row, or fp8 with one per block."""
-
-    encoding: str
-    block: tuple[int, int] = (1, 1)
-
-
-def _case(
-    name: str, experts: int, d1: int, d2: int, *tags: str, selected: int = 5, ids: str = "uniform"
-) -> Case:
-    return Case(
-        name=name,
-        tokens=selected,
-        experts=experts,
-        top_k=1,
-        k_in=d1,
-        n_out=d2,
-        routing=RoutingKind(ids),
-        tags=frozenset(tags or ("edge",)),
-    )
-
-
-FOUR_BIT: Mapping[Case, Blocks] = {
-    _case("nf4", 4, 12, 64, "smoke"): Blocks(),
-    _case("nf4-nested", 7, 6, 40, "smoke"): Blocks(size=32, outer=5),
-    _case("fp4", 5, 5, 6, "smoke"): Blocks(size=32, codebook="fp4"),
-    _case("fp4-nested", 5, 8, 64, ids="one"): Blocks(codebook="fp4", outer=256),
-    _case("blocks-straddle-rows", 4, 10, 48): Blocks(size=128),
-    _case("blocks-straddle-experts", 7, 6, 40): Blocks(size=64),
-    _case("block-of-several-experts", 9, 8, 32): Blocks(size=4096),
-    _case("expert-of-odd-bytes", 5, 5, 6): Blocks(size=32, outer=2),
-    _case("expert-of-half-a-word", 5, 6, 6): Blocks(size=64),
-    _case("smallest", 1, 1, 2, selected=1, ids="one"): Blocks(size=32),
-    _case("none-selected", 4, 8, 32, selected=0): Blocks(outer=4),
-    _case("block-of-no-power-of-two", 4, 8, 30): Blocks(size=24),
-    _case("block-of-half-words", 4, 5, 8): Blocks(size=12),
-    _case("qwen3-gate-up", 128, 1536, 2048, "model", "bench", selected=128): Blocks(),
-    _case("qwen3-gate-up-nested", 128, 1536, 2048, "model", "bench", selected=128): Blocks(
-        outer=256
-    ),
-}
-
-SCALED: Mapping[Case, Grid] = {
-    _case("int8", 4, 10, 48, "smoke"): Grid(encoding="int8"),
-    _case("e4m3fn-blocks", 3, 20, 24, "smoke"): Grid(encoding="e4m3fn", block=(16, 16)),
-    _case("e5m2-blocks", 3, 12, 40, "smoke"): Grid(encoding="e5m2", block=(8, 32)),
-    _case("e4m3fn-rows", 3, 9, 31): Grid(encoding="e4m3fn", block=(1, 31)),
-    _case("e4m3fn-experts", 5, 7, 16): Grid(encoding="e4m3fn", block=(7, 16)),
-    _case("e5m2-columns", 3, 12, 17): Grid(encoding="e5m2", block=(12, 1)),
-    _case("int8-tails", 5, 3, 1): Grid(encoding="int8"),
-    _case("int8-wide", 2, 2, 1030): Grid(encoding="int8"),
-    _case("e4m3fn-qwen3-gate-up", 128, 1536, 2048, "model", "bench", selected=128): Grid(
-        encoding="e4m3fn", block=(128, 128)
-    ),
-}
+_NOT_ALL_KNOWN = (-1, 0, 1)
+"""Ids for a stack of one expert: what is not there is NaN."""
 
 _FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -139,8 +73,9 @@ def _scaled_inputs(
     grid = SCALED[case]
     generator = torch.Generator(device=device).manual_seed(case.seed + seed)
     shape = (case.experts, case.k_in, case.n_out)
-    # Every byte but the infinities and NaNs of fp8, which differ from format to format.
-    bound = {"int8": 128, "e4m3fn": 127, "e5m2": 124}[grid.encoding]
+    # The infinities and NaNs of fp8 differ from format to format.
+    finite = {"int8": 128, "e4m3fn": 127, "e5m2": 124}[grid.encoding]
+    bound = 128 if grid.every_byte else finite
     size = torch.randint(bound, shape, generator=generator, device=device, dtype=torch.uint8)
     sign = torch.randint(2, shape, generator=generator, device=device, dtype=torch.uint8) * 128
     counts = (case.k_in, 1) if grid.encoding == "int8" else _grid_shape(case, grid)
@@ -163,12 +98,16 @@ def _four_bit(lib: ModuleType, inputs: Inputs, **changes: Any) -> Any:
             offset=inputs["outer_offset"],
             blocksize=blocks.outer,
         )
+    packed, absmax = inputs["packed"], inputs["absmax"]
+    if blocks.start or blocks.apart > 1:
+        experts = packed.view(case.experts, -1)
+        packed = placed(experts, start=blocks.start, apart=blocks.apart).view(-1)
     fields = {
-        "packed": inputs["packed"],
-        "absmax": inputs["absmax"],
+        "packed": packed,
+        "absmax": placed(absmax, apart=blocks.apart) if blocks.apart > 1 else absmax,
         "codebook": inputs["codebook"],
         "blocksize": blocks.size,
-        "experts": case.experts,
+        "experts": (case.experts - 1) * blocks.apart + 1,
         "shape": (case.k_in, case.n_out),
         "nested": nested,
     }
@@ -180,35 +119,80 @@ def _scaled(lib: ModuleType, inputs: Inputs) -> Any:
     if grid.encoding == "int8":
         data = inputs["data"].view(torch.int8)
         return quant.Int8RowWise(data=data, row_scale=inputs["scale"].reshape(-1))
-    data = inputs["data"].view(_FLOAT8[grid.encoding])
-    return quant.Float8(data=data, scale=inputs["scale"], block=grid.block)
+    data, scale = inputs["data"], inputs["scale"]
+    if grid.apart > 1:
+        data, scale = placed(data, apart=grid.apart), placed(scale, apart=grid.apart)
+    return quant.Float8(data=data.view(_FLOAT8[grid.encoding]), scale=scale, block=grid.block)
 
 
-def _run(stored: Any, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
+def _run(stored: Any, inputs: Inputs, plan: Any, apart: int) -> Mapping[str, Tensor]:
+    chosen = _selections(inputs)
+    if apart > 1:
+        ids = (chosen["selected"] * apart).to(torch.int32)
+        chosen = {"selected": ids, "range": range(apart, apart + 1)}
     return {
-        name: stored.dense(which, dtype=inputs.dtype, plan=plan)
-        for name, which in _selections(inputs).items()
+        name: stored.dense(which, dtype=inputs.dtype, plan=plan) for name, which in chosen.items()
     }
 
 
-def _selections(inputs: Inputs) -> dict[str, Tensor | range | None]:
+def _selections(inputs: Inputs) -> dict[str, Any]:
+    """None is the whole stack."""
     if "model" in inputs.case.tags:
         return {"all": None}
-    some: dict[str, Tensor | range | None] = {
-        "all": None,
-        "selected": inputs["top_k_index"].reshape(-1),
-    }
+    some: dict[str, Any] = {"selected": inputs["top_k_index"].reshape(-1)}
+    if inputs.case.name != FAR_APART:
+        some["all"] = None
     if inputs.case.experts > 1:
         some["range"] = _SELECTED_RANGE
     return some
 
 
 def _run_four_bit(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
-    return _run(_four_bit(lib, inputs), inputs, plan)
+    stored = _four_bit(lib, inputs)
+    found = _run(stored, inputs, plan, FOUR_BIT[inputs.case].apart)
+    if inputs.case.name != UNKNOWN_IDS:
+        return found
+    decoded = submodule(lib, "ops.dequantize").dequantize_four_bit(
+        stored.packed,
+        stored.absmax,
+        stored.codebook,
+        _not_all_known(lib, inputs),
+        blocksize=stored.blocksize,
+        nested=stored.nested,
+        experts=stored.experts,
+        out=_buffer(inputs),
+        plan=plan,
+    )
+    return {**found, "unknown": decoded}
 
 
 def _run_scaled(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
-    return _run(_scaled(lib, inputs), inputs, plan)
+    stored = _scaled(lib, inputs)
+    found = _run(stored, inputs, plan, SCALED[inputs.case].apart)
+    if inputs.case.name != UNKNOWN_IDS:
+        return found
+    decoded = submodule(lib, "ops.dequantize_scaled").dequantize_scaled(
+        stored.data,
+        stored.scale,
+        _not_all_known(lib, inputs),
+        rows=stored.block[0],
+        columns=stored.block[1],
+        step=1.0,
+        out=_buffer(inputs),
+        plan=plan,
+    )
+    return {**found, "unknown": decoded}
+
+
+def _not_all_known(lib: ModuleType, inputs: Inputs) -> Any:
+    """Ids past the check that is made on a CPU, and on a GPU never."""
+    ids = torch.tensor(_NOT_ALL_KNOWN, device=inputs.device)
+    return submodule(lib, "ops._selection").Selection(ids=ids, first=0, count=len(ids))
+
+
+def _buffer(inputs: Inputs) -> Tensor:
+    shape = (len(_NOT_ALL_KNOWN), inputs.case.k_in, inputs.case.n_out)
+    return torch.empty(shape, dtype=inputs.dtype, device=inputs.device)
 
 
 def _expected(inputs: Inputs, decoded: Tensor) -> Mapping[str, Expected]:
@@ -223,6 +207,12 @@ def _expected(inputs: Inputs, decoded: Tensor) -> Mapping[str, Expected]:
         else:
             ids = which
         expected[name] = _exactly(decoded[ids], ids, inputs.dtype)
+    if inputs.case.name == UNKNOWN_IDS:
+        ids = torch.tensor(_NOT_ALL_KNOWN, device=inputs.device)
+        known = (ids == 0)[:, None, None]
+        expected["unknown"] = _exactly(
+            torch.where(known, decoded, torch.nan), ids * 0, inputs.dtype
+        )
     return expected
 
 
