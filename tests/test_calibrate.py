@@ -146,6 +146,9 @@ def test_what_other_kernels_or_another_machine_did_is_not_kept(run, tmp_path, pa
     (tmp_path / "calibrate.json").write_text(json.dumps(first))
     again, rerun = run()
     assert rerun == (0 if kept else judged)
+    # References of a GPU differ from run to run in the last bit.
+    for item in first["tallies"].values():
+        item["worst"] = pytest.approx(item["worst"], rel=1e-6)
     assert again["tallies"] == first["tallies"]
     assert again["faults"] == first["faults"]
     assert again["summary"]["groups"] == again["summary"]["groups_of_kernels"] + 5

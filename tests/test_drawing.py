@@ -88,13 +88,13 @@ def test_each_step_has_its_own_time_and_the_judge_four_times_as_much(message, se
         process.kill()
 
 
-def test_a_draw_says_when_it_is_launched_and_when_the_launch_is_done():
+def test_a_draw_says_when_it_is_launched_and_when_the_launch_is_done(device):
     said = []
     outcome = run_draw(
         sm,
         SCATTER2SCATTER,
         DRAW,
-        CPU,
+        device,
         announce=lambda launch: said.append(launch.draw.kernel),
         returned=lambda: said.append("returned"),
     )

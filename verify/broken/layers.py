@@ -127,8 +127,8 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="experts_mlp-activation",
             what="the activation loses its form",
             file=_LAYER,
-            old="activation=activation,\n    )\n    return ExpertsMLP",
-            new=("activation=replace(activation, limit=1.0),\n    )\n    return ExpertsMLP"),
+            old="activation=activation,\n    )\n    apply =",
+            new="activation=replace(activation, limit=1.0),\n    )\n    apply =",
         ),
         Mutant(
             id="experts_mlp-exchanged",
