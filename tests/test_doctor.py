@@ -62,6 +62,7 @@ def test_a_good_machine_is_called_good():
         (having(NO_GPU, triton="3.9.0"), "note", "bit patterns of bf16"),
         (having(GOOD, triton="3.10.0", torch="2.14.0"), "note", "newer than 3.9"),
         (having(GOOD, torch="2.11.0", triton="3.6.0"), "note", "compiles some LoRA products"),
+        (having(GOOD, torch="2.11.0", triton="3.6.0", **BNB), "note", "(2.13 takes bytes)"),
         (replace(having(GOOD, bitsandbytes="0.50.2"), avx512=True), "note", "15 to 30%"),
         (replace(having(GOOD, bitsandbytes="0.49.0"), avx512=True), "note", "AVX-512"),
         (replace(GOOD, interpret="1"), "bad", "thousand times slower"),

@@ -228,15 +228,29 @@ def test_one_problem_missing_of_all_is_named(judged, whole):
     [
         put("0123456789abcdef", "fingerprint", "combine"),
         without("fingerprint", "combine"),
-        put("0123456789abcdef", "fingerprint", "a_kernel_of_old"),
     ],
-    ids=["changed", "new", "gone"],
+    ids=["changed", "new"],
 )
 def test_stale(judged, small, change):
     change(small)
     [verdict] = judged({"check.json": small})
     assert (verdict.state, verdict.fault) == ("stale", True)
-    assert "1 of " in verdict.reason
+    assert "1 of 1 kernels changed since: combine" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("0123456789abcdef", "fingerprint", "group"),
+        put("0123456789abcdef", "fingerprint", "a_kernel_of_old"),
+        without("fingerprint", "group"),
+    ],
+    ids=["changed", "gone", "new"],
+)
+def test_a_kernel_that_was_not_selected_makes_nothing_stale(judged, small, change):
+    change(small)
+    [verdict] = judged({"check.json": small})
+    assert (verdict.state, verdict.fault) == ("good", False)
 
 
 def test_missing(judged, tmp_path, sources, small):

@@ -369,8 +369,19 @@ def _bitsandbytes(facts: Facts) -> list[Diagnosis]:
     version = facts.version("bitsandbytes")
     if not version:
         return []
+    found = []
+    if facts.version("torch") < (2, 13):
+        found.append(
+            Diagnosis(
+                subject="FSDP2 and packed experts",
+                status="note",
+                found=f"fully_shard of torch {facts.versions.get('torch')} takes floating-point "
+                "parameters only (2.13 takes bytes)",
+                advice="call scattermoe_lora.integrations.distributed.shardable(model) first",
+            )
+        )
     if (0, 49) <= version < (0, 51) and facts.avx512:
-        return [
+        found.append(
             Diagnosis(
                 subject=f"bitsandbytes {facts.versions['bitsandbytes']} on this CPU",
                 status="note",
@@ -379,5 +390,6 @@ def _bitsandbytes(facts: Facts) -> list[Diagnosis]:
                 advice="nothing on a GPU, nor with scattermoe_lora's kernels; on the CPU flatten "
                 "the shape first",
             )
-        ]
-    return [Diagnosis(subject="bitsandbytes", status="good", found=facts.versions["bitsandbytes"])]
+        )
+    good = Diagnosis(subject="bitsandbytes", status="good", found=facts.versions["bitsandbytes"])
+    return found or [good]

@@ -222,7 +222,8 @@ def _judge_check(record: dict[str, Any], sources: Sources, *, release: bool) -> 
         parts = (("missing", wanted - have), ("not enumerated by the specs", have - wanted))
         texts = [f"{len(keys)} {what}: {_few(map(' '.join, keys))}" for what, keys in parts if keys]
         return "incomplete", "; ".join(texts) or "its selection takes nothing"
-    stale = _stale(record["fingerprint"], sources.fingerprint, every=True)
+    checked = {kernel for kernel, *_ in wanted}
+    stale = _stale(record["fingerprint"], sources.fingerprint, checked)
     if stale:
         return "stale", stale
     narrowed = [key for key, value in selection_of(selection).items() if value]
@@ -241,7 +242,7 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     counts = ((name, record["summary"].get(name, 0)) for name in _FAULTS)
     if faults := [f"{count} {name}" for name, count in counts if count]:
         return "failed", ", ".join(faults)
-    stale = _stale(record["fingerprint"], sources.fingerprint, every=False)
+    stale = _stale(record["fingerprint"], sources.fingerprint, record["fingerprint"])
     return ("stale", stale) if stale else (GOOD, "")
 
 
@@ -319,9 +320,9 @@ def _selection(record: dict[str, Any]) -> Selection:
     return Selection(**values)
 
 
-def _stale(recorded: Mapping[str, Any], today: Mapping[str, str], *, every: bool) -> str:
-    """Which kernels changed since; every: those that are not recorded count as well."""
-    names = set(recorded) | (set(today) if every else set())
+def _stale(recorded: Mapping[str, Any], today: Mapping[str, str], kernels: Iterable[str]) -> str:
+    """Which of these kernels changed since, or are not recorded."""
+    names = list(kernels)
     changed = [name for name in names if recorded.get(name) != today.get(name)]
     if not changed:
         return ""
