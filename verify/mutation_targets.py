@@ -71,16 +71,15 @@ HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Launchers whose arithmetic reaches a kernel."""
 
-NOT_SEEN = ("chunk", "form", "pointers", "strict", "warps", "stages", "num_warps")
-"""Names and arguments that choose a compiled variant, or how much is done at a time, or what is
-checked: they change no result."""
+NOT_SEEN = ("chunk", "form", "plan", "pointers", "strict", "warps", "stages", "num_warps")
+"""Names and arguments that choose a plan or a compiled variant, or how much is done at a time, or
+what is checked: they change no result."""
 
 SKIPPED_FUNCTIONS = ("self_test_kernel",)
 
 EQUIVALENT: Mapping[str, str] = {
-    "layers/experts_mlp.py:_gate_grad:conversion:"
-    "expert_of_slot.view(routing.tokens, routing.top_k).long() -> "
-    "expert_of_slot.view(routing.tokens, routing.top_k)": (
+    "layers/experts_mlp.py:_gate_grad:conversion:expert_of_slot.view(routing.tokens, "
+    "routing.top_k).long() -> expert_of_slot.view(routing.tokens, routing.top_k)": (
         "newer versions of torch gather by 32-bit indices too"
     ),
     "_sort.py:load_keys:comparison:chosen < experts -> (chosen <= experts)": (
@@ -98,6 +97,13 @@ EQUIVALENT: Mapping[str, str] = {
     "_sort.py:place_kernel:comparison:group == 0 -> group != 0": (
         "there are two other groups at least, and each stores the same offsets"
     ),
+    "_sort.py:load_keys:other:tl.load(ids + slot, mask=slot < rows, other=0) -> tl.load(ids + "
+    "slot, mask=slot < rows, other=1)": "the keys past the end are replaced in the last line",
+    "_sort.py:place_kernel:arithmetic:(chunk < chunks)[:, None] & (bins <= experts)[None, :] -> "
+    "(chunk < chunks)[:, None]": (
+        "what is no slot is counted after the groups, and changes nothing before it"
+    ),
+    "_sort.py:place_kernel:branch:group == 0 -> True": "every group stores the same offsets",
     "_row_tiles.py:row_tiles:constant:2 -> 3": (
         "the program too many marks the same entries as not in use"
     ),
@@ -108,25 +114,99 @@ EQUIVALENT: Mapping[str, str] = {
     "_row_tiles.py:row_tiles_kernel:constant:0 -> 1": (
         "sizes past the groups are read for the rows of entries that are not in use alone"
     ),
+    "_row_tiles.py:group_bins:constant:2 -> 3": (
+        "bins past those of the groups are masked everywhere: more of them hold nothing"
+    ),
+    "_row_tiles.py:write_group_tiles:comparison:group > experts -> group >= experts": (
+        "the group of the dropped rows was told apart just before"
+    ),
+    "_row_tiles.py:write_group_tiles:comparison:group > experts -> group >= experts #2": (
+        "the last program writes over what the dropped rows' wrote too much, where programs run "
+        "in order"
+    ),
+    "_row_tiles.py:write_group_tiles:cast:(table + first + t + bins).to(tl.int64) -> (table + "
+    "first + t + bins)": (
+        "fewer than 2^31 rows among fewer than 2^25 experts have fewer than 2^29 entries"
+    ),
     "ops/_tile.py:row_of_slot:cast:slot.to(tl.int32) -> slot": (
         "every slot is below 2^31, and divided in 64 bits it is the same"
     ),
     "ops/fused.py:fused_kernel:cast:tl.load(bias_ptrs, mask=n < N, other=0.0).to(tl.float32) -> "
-    "tl.load(bias_ptrs, mask=n < N, other=0.0)": (
-        "what is added to an fp32 sum is made fp32 first"
+    "tl.load(bias_ptrs, mask=n < N, other=0.0)": "what is added to an fp32 sum is made fp32 first",
+    "ops/fused.py:fused_kernel:comparison:row + tl.arange(0, BLOCK_M) < end -> (row + "
+    "tl.arange(0, BLOCK_M) <= end)": (
+        "rows past the end repeat the last one: they store the same there"
     ),
-    "ops/dequantize.py:dequantize_four_bit_kernel:constant:0 -> 1 #3": (
-        "ids not known are refused on a CPU; tests/test_quant.py decodes some"
+    "ops/fused.py:fused_kernel:arithmetic:row + tl.arange(0, BLOCK_M) -> (row - tl.arange(0, "
+    "BLOCK_M))": "rows past the end repeat the last one: they store the same there",
+    "ops/fused.py:fused_kernel:arithmetic:inside_rows & (n < N)[None, :] -> (n < N)[None, :]": (
+        "rows past the end repeat the last one: they store the same there"
+    ),
+    "ops/fused.py:fused_kernel:arithmetic:inside_rows & (r < R)[None, :] -> (r < R)[None, :]": (
+        "rows past the end repeat the last one: they store the same there"
+    ),
+    "ops/fused.py:fused_kernel:branch:column_block == 0 -> True #2": (
+        "every column block computes the same t"
+    ),
+    "ops/fused.py:fused_kernel:accumulator:tl.dot(low_tile, right_tile, acc, "
+    "input_precision=PRECISION) -> tl.dot(low_tile, right_tile, acc, "
+    "input_precision=PRECISION)..._tile.dtype).to(tl.float32)": (
+        "one rounding more before the last one, as the split path makes it: the limits allow it"
+    ),
+    "ops/fused.py:fused_kernel:other:tl.load(bias_ptrs, mask=n < N, other=0.0) -> "
+    "tl.load(bias_ptrs, mask=n < N, other=float('nan'))": (
+        "columns past N are summed apart from the others and are not stored"
     ),
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:(element % BLOCKSIZE).to(tl.int32) -> "
     "(element % BLOCKSIZE)": "what is below a block size is the same in 64 bits",
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:(base % OUTER_BLOCKSIZE).to(tl.int32) -> "
     "(base % OUTER_BLOCKSIZE)": "what is below a block size is the same in 64 bits",
-    "ops/dequantize_scaled.py:dequantize_scaled_kernel:constant:0 -> 1 #2": (
-        "ids not known are refused on a CPU; tests/test_quant.py decodes some"
+    "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load( outer_absmax + base // "
+    "OUTER_BLOCKSIZE + outer_distance, mask=inside, other=0.0 ) -> tl.load(outer_absmax + base //"
+    " OUTER_BLOCKSIZE + outer_dista...inside, other=float('nan'))": (
+        "the values of words that are not inside are not stored"
     ),
-    "_row_tiles.py:group_bins:constant:2 -> 3": (
-        "bins past those of the groups are masked everywhere: more of them hold nothing"
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:tl.program_id(0).to(tl.int64) -> "
+    "tl.program_id(0)": "an expert has fewer than 2^31 words",
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:tl.minimum(items - start, "
+    "BLOCK).to(tl.int32) -> tl.minimum(items - start, BLOCK)": "compared in 64 bits it is the same",
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:tl.load(packed + source + item, "
+    "mask=inside, other=0).to(tl.int32) -> tl.load(packed + source + item, mask=inside, other=0)": (
+        "a byte that is shifted by a 32-bit amount becomes as wide"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load(packed + source + item, "
+    "mask=inside, other=0) -> tl.load(packed + source + item, mask=inside, other=1)": (
+        "the values of words that are not inside are not stored"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load(absmax + base + distance, "
+    "mask=inside, other=0) -> tl.load(absmax + base + distance, mask=inside, other=1)": (
+        "the values of words that are not inside are not stored"
+    ),
+    "ops/dequantize.py:dequantize_four_bit_kernel:cast:scale.to(tl.int32) -> scale": (
+        "Triton widens an unsigned offset before it adds it to an address"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:constant:0 -> 1": (
+        "an output has an even number of elements, and a launch without programs does nothing"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:constant:0 -> 1 #2": (
+        "by bytes the same is decoded, only slower"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:arithmetic:elements % 8 -> elements": (
+        "by bytes the same is decoded, only slower"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:constant:0 -> 1 #3": (
+        "by bytes the same is decoded, only slower"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:arithmetic:blocksize % 8 -> blocksize": (
+        "by bytes the same is decoded, only slower"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:arithmetic:packed.storage_offset() % 4 -> "
+    "packed.storage_offset()": "by bytes the same is decoded, only slower",
+    "ops/dequantize.py:dequantize_four_bit:arithmetic:plan.block // unit -> plan.block": (
+        "a program takes more items, and the grid has fewer programs"
+    ),
+    "ops/dequantize.py:dequantize_four_bit:negation:False -> True": (
+        "the interpreter contracts nothing; tests/test_quant_compile.py looks at the compiled code"
     ),
     "ops/glu.py:gate_and_up:branch:CLAMPED -> True": (
         "without CLAMPED the limit is infinite, and clamping at infinity changes no value"
@@ -137,17 +217,40 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/glu.py:gate_and_up:comparison:u < -limit -> u <= -limit": (
         "clipping the limit itself to the limit changes no value"
     ),
-    "ops/dequantize.py:dequantize_four_bit_kernel:comparison:expert < experts -> "
-    "(expert <= experts)": (
-        "ids not known are refused on a CPU; tests/test_quant.py decodes some, and sees it"
+    "ops/glu.py:glu_backward:attribute:RowOrder.EXPERT -> RowOrder.SLOT": (
+        "the number of rows is checked alone, and both orders have as many"
     ),
-    "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load( outer_absmax + base // "
-    "OUTER_BLOCKSIZE + outer_distance, mask=inside, other=0.0 ) -> tl.load(outer_absmax + base // "
-    "OUTER_BLOCKSIZE + outer_dista...inside, other=float('nan'))": (
-        "the values of words that are not inside are not stored"
+    "ops/glu.py:glu_backward:attribute:RowOrder.EXPERT -> RowOrder.SLOT #2": (
+        "the number of rows is checked alone, and both orders have as many"
     ),
     "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:group_r.to(tl.int64) -> group_r": (
         "within one matrix there are fewer than 2^31 scales"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:r_first.to(tl.int64) -> r_first": (
+        "one matrix has fewer than 2^31 elements"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:other:tl.load(data + expert * d1 * d2 + "
+    "corner + distance, mask=inside, other=0) -> tl.load(data + expert * d1 * d2 + corner + "
+    "distance, mask=inside, other=1)": "the values of elements that are not inside are not stored",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:other:tl.load(scale + group + "
+    "group_distance, mask=inside, other=0.0) -> tl.load(scale + group + group_distance, "
+    "mask=inside, other=float('nan'))": "the values of elements that are not inside are not stored",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:arithmetic:r_first // rows -> r_first % "
+    "rows": "cancels: group_r is subtracted from the distance and added to the corner",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:arithmetic:r_first // rows -> r_first": (
+        "cancels: group_r is subtracted from the distance and added to the corner"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:arithmetic:c_first // columns -> c_first %"
+    " columns": "cancels: group_c is subtracted from the distance and added to the corner",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:arithmetic:c_first // columns -> c_first": (
+        "cancels: group_c is subtracted from the distance and added to the corner"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:half.to(tl.float16, "
+    "bitcast=True).to(tl.float32) -> half.to(tl.float16, bitcast=True)": (
+        "fp16 holds every e4m3 value, before and after the factor of 256"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled:negation:False -> True": (
+        "there are multiplications alone, and nothing to contract"
     ),
     "ops/rows.py:group:exchanged:_group(width, x.dtype, x.stride(), scale_form, fan_out) -> "
     "_group(width, x.dtype, x.stride(), fan_out, scale_form)": (
@@ -156,13 +259,34 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/rows.py:group_kernel:comparison:expert < experts -> expert <= experts #2": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
     ),
-    "ops/rows.py:group_kernel:mask:tl.load(row_scale + slot, mask=expert < experts, other=0.0) -> "
-    "tl.load(row_scale + slot)": (
+    "ops/rows.py:group_kernel:mask:tl.load(row_scale + slot, mask=expert < experts, other=0.0) ->"
+    " tl.load(row_scale + slot)": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
     ),
     "ops/rows.py:combine_kernel:other:tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, "
     "other=0.0) -> tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, other=float('nan'))": (
         "columns past N are summed apart from the others and are not stored"
+    ),
+    "ops/gram.py:gram_tile:neighbour:end -> end + 1": "a step without rows adds zeros",
+    "ops/gram.py:gram_tile:other:tl.load(slots + rows, mask=inside, other=0) -> tl.load(slots + "
+    "rows, mask=inside, other=1)": (
+        "rows that are not inside are loaded as zeros, whatever their slot"
+    ),
+    "ops/gram.py:gram_tile:mask:tl.load(row_scale + slot, mask=inside, other=0.0) -> "
+    "tl.load(row_scale + slot)": (
+        "a row that is not inside was loaded as zeros, and stays zero whatever its finite gate"
+    ),
+    "ops/gram.py:gram_tile:branch:end >= begin -> True": (
+        "sums of parts past the last are not read, and a cut expert is written once more afterwards"
+    ),
+    "ops/gram.py:gram_kernel:arithmetic:begin - 1 -> begin": (
+        "a cut expert gets zeros, and is written once more by the launch that adds its parts"
+    ),
+    "ops/gram.py:gram_kernel:neighbour:begin -> (begin + 1) #2": (
+        "a cut expert gets zeros, and is written once more by the launch that adds its parts"
+    ),
+    "ops/gram.py:gram_kernel:constant:1 -> 2 #3": (
+        "no rows all the same: only whether the end lies before the beginning counts"
     ),
 }
 """Id of a mutant -> why no input can tell it from the original."""
