@@ -1,6 +1,7 @@
 """scatter2scatter, shrink and the LoRA products: forward and input gradient."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..expected import Expected
 from ..inputs import Inputs
 from ..models import Arithmetic, Linear
 from ..references import expert_linear, row_gradients
+from ..routings import RoutingKind
 from ..spec import KernelSpec, NamedPlan
 from .bad_inputs import ROUTING, adapter_operand, row_operand, weight_operand, wrong_path
 from .common import (
@@ -26,14 +28,62 @@ from .common import (
     product_plans,
     routing,
     row_expected,
+    submodule,
 )
+from .projection import over_choices
+
+
+def _case(name: str, k_in: int, n_out: int, kind: str, **changes: Any) -> Case:
+    sizes = {"tokens": 13, "experts": 5, "top_k": 2, "k_in": k_in, "n_out": n_out, "rank": 4}
+    words = kind.split(":")
+    routing = RoutingKind(words[0], tuple(int(word) for word in words[1:]))
+    return Case(name=name, routing=routing, tags=frozenset({"edge"}), **{**sizes, **changes})
+
+
+IN_BLOCKS = (
+    _case("blocks", 40, 34, "sentinels:30", bias=True),
+    _case("blocks-mapped", 48, 40, "uniform", source="EXPERT", target="SLOT"),
+)
+"""Cases whose weight comes two experts at a time, besides those that all operations share."""
+_AT_ONCE = 2
+_TAKING_BLOCKS = ("tiles", "epilogue", "split")
+SUMMED = (
+    _case("summed", 40, 34, "sentinels:30"),
+    _case("summed-in-halves", 512, 16, "uniform", tokens=5, gradient="TOKEN", gated=True),
+)
+"""Cases of the input gradient that is summed over the choices of a token."""
+
+
+def _weight(lib: ModuleType, inputs: Inputs, plan: Any) -> Any:
+    weight = inputs["weight"]
+    if inputs.case not in IN_BLOCKS or plan.path.value not in _TAKING_BLOCKS:
+        return weight
+    quant = submodule(lib, "quant")
+    return quant.StoredWeight(
+        stored=quant.Dense(data=weight),
+        transposed=False,
+        budget_bytes=_AT_ONCE * weight[0].numel() * weight.itemsize,
+        ids=torch.arange(len(weight), device=weight.device),
+    )
+
+
+@contextmanager
+def _halved(lib: ModuleType) -> Iterator[None]:
+    """Sums of any size are made in halves, where their width allows it."""
+    module = submodule(lib, "ops.lora")
+    kept = module.HALVED_BYTES
+    module.HALVED_BYTES = 0
+    try:
+        yield
+    finally:
+        module.HALVED_BYTES = kept
 
 
 def _run_scatter2scatter(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
     case = inputs.case
     y = ops(lib).scatter2scatter(
         inputs["x"],
-        inputs["weight"],
+        _weight(lib, inputs, plan),
         routing(lib, inputs),
         source=order(lib, case.source),
         target=order(lib, case.target),
@@ -60,7 +110,7 @@ def _run_forward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Ten
     case = inputs.case
     y, t = ops(lib).lora_forward(
         inputs["x"],
-        inputs["weight"],
+        _weight(lib, inputs, plan),
         adapter(lib, inputs),
         routing(lib, inputs),
         source=order(lib, case.source),
@@ -74,16 +124,18 @@ def _run_forward(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Ten
 
 def _run_input_grad(lib: ModuleType, inputs: Inputs, plan: Any) -> Mapping[str, Tensor]:
     case = inputs.case
-    dx, yb = ops(lib).lora_input_grad(
-        inputs["dy"],
-        inputs["weight"],
-        adapter(lib, inputs),
-        routing(lib, inputs),
-        source=order(lib, case.dy_order),
-        target=order(lib, case.dx_order),
-        row_scale=inputs.get("gates"),
-        plan=plan,
-    )
+    summed = case in SUMMED
+    with _halved(lib) if summed else nullcontext():
+        dx, yb = ops(lib).lora_input_grad(
+            inputs["dy"],
+            _weight(lib, inputs, plan),
+            adapter(lib, inputs),
+            routing(lib, inputs),
+            source=order(lib, case.dy_order),
+            target=order(lib, "TOKEN" if summed else case.dx_order),
+            row_scale=inputs.get("gates"),
+            plan=plan,
+        )
     return {"dx": dx, "yb": yb}
 
 
@@ -158,6 +210,12 @@ def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expec
     }
     model = Linear.input_grad(inputs, groups, how)
     truth = None if how.tf32 else _total(terms)
+    yb = _low_rank(inputs, model, None)
+    if case in SUMMED:
+        rows = model.output()
+        slots = groups.spread(rows.value, "SLOT") if truth is None else truth
+        total = slots.view(case.tokens, case.top_k, -1).sum(1)
+        return {"dx": over_choices(inputs, groups, rows, total, inputs.dtype), "yb": yb}
     dx = row_expected(
         inputs,
         groups,
@@ -167,7 +225,7 @@ def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expec
         terms=terms,
         freedom=model.freedom(),
     )
-    return {"dx": dx, "yb": _low_rank(inputs, model, None)}
+    return {"dx": dx, "yb": yb}
 
 
 def _plans_forward(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
@@ -217,7 +275,7 @@ SCATTER2SCATTER = KernelSpec(
     reference=_reference_scatter2scatter,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=CASES,
+    cases=(*CASES, *IN_BLOCKS),
     plans=_plans_scatter2scatter,
     cost=_base_cost,
     modes=("balanced", "exact"),
@@ -250,7 +308,7 @@ LORA_FORWARD = KernelSpec(
     reference=_reference_forward,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=CASES,
+    cases=(*CASES, *IN_BLOCKS),
     plans=_plans_forward,
     cost=_lora_cost,
     source="ops/lora.py",
@@ -268,7 +326,7 @@ LORA_INPUT_GRAD = KernelSpec(
     reference=_reference_input_grad,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=CASES,
+    cases=(*CASES, *IN_BLOCKS, *SUMMED),
     plans=_plans_input_grad,
     cost=_lora_cost,
     source="ops/lora.py",
