@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +53,12 @@ SUMMED = (
     _case("summed-in-halves", 512, 16, "uniform", tokens=5, gradient="TOKEN", gated=True),
 )
 """Cases of the input gradient that is summed over the choices of a token."""
+GATHERED = (
+    _case("gathered", 40, 34, "sentinels:30", gated=True),
+    _case("gathered-slots", 48, 40, "uniform", source="SLOT", target="SLOT"),
+    _case("gathered-already", 24, 16, "uniform", source="EXPERT"),
+)
+"""Cases whose rows are copied into expert order too, as plans for wide products do on a GPU."""
 
 
 def _weight(lib: ModuleType, inputs: Inputs, plan: Any) -> Any:
@@ -65,6 +72,20 @@ def _weight(lib: ModuleType, inputs: Inputs, plan: Any) -> Any:
         budget_bytes=_AT_ONCE * weight[0].numel() * weight.itemsize,
         ids=torch.arange(len(weight), device=weight.device),
     )
+
+
+def _plans(
+    lib: ModuleType, operation: str, x: Tensor, weight: Tensor, inputs: Inputs, rank: int = 0
+) -> tuple[NamedPlan, ...]:
+    plans = product_plans(lib, operation, x, weight, inputs, rank)
+    if inputs.case not in GATHERED:
+        return plans
+    gathering = [
+        replace(plan, plan=replace(plan.plan, gather=True))
+        for plan in plans
+        if plan.quick and plan.path in ("tiles", "epilogue")
+    ]
+    return (*plans, *gathering)
 
 
 @contextmanager
@@ -230,16 +251,16 @@ def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expec
 
 def _plans_forward(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
     x, weight, rank = inputs["x"], inputs["weight"], inputs.case.rank
-    return product_plans(lib, "lora_forward", x, weight, inputs, rank)
+    return _plans(lib, "lora_forward", x, weight, inputs, rank)
 
 
 def _plans_input_grad(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
     dy, weight, rank = inputs["dy"], inputs["weight"].mT, inputs.case.rank
-    return product_plans(lib, "lora_input_grad", dy, weight, inputs, rank)
+    return _plans(lib, "lora_input_grad", dy, weight, inputs, rank)
 
 
 def _plans_scatter2scatter(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
-    return product_plans(lib, "scatter2scatter", inputs["x"], inputs["weight"], inputs)
+    return _plans(lib, "scatter2scatter", inputs["x"], inputs["weight"], inputs)
 
 
 def _plans_shrink(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:
@@ -275,7 +296,7 @@ SCATTER2SCATTER = KernelSpec(
     reference=_reference_scatter2scatter,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=(*CASES, *IN_BLOCKS),
+    cases=(*CASES, *IN_BLOCKS, *GATHERED),
     plans=_plans_scatter2scatter,
     cost=_base_cost,
     modes=("balanced", "exact"),
@@ -308,7 +329,7 @@ LORA_FORWARD = KernelSpec(
     reference=_reference_forward,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=(*CASES, *IN_BLOCKS),
+    cases=(*CASES, *IN_BLOCKS, *GATHERED),
     plans=_plans_forward,
     cost=_lora_cost,
     source="ops/lora.py",
@@ -326,7 +347,7 @@ LORA_INPUT_GRAD = KernelSpec(
     reference=_reference_input_grad,
     arithmetic=arithmetic,
     prepare=routing,
-    cases=(*CASES, *IN_BLOCKS, *SUMMED),
+    cases=(*CASES, *IN_BLOCKS, *SUMMED, *GATHERED),
     plans=_plans_input_grad,
     cost=_lora_cost,
     source="ops/lora.py",
