@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from virtual_device import DEQUANT
 
 import scattermoe_lora
 from conftest import DEVICE
 from verify import benchmark_device
 from verify.bench_arms import Arm, arm_of
-from verify.bench_cases import SHAPES, BenchCase
 from verify.benchmark_device import ThisMachine
 from verify.gate import Gate
 from verify.gate_process import digest
@@ -24,15 +24,6 @@ pytestmark = [
 ]
 
 PACKAGE = Path(scattermoe_lora.__path__[0])
-DEQUANT = BenchCase(
-    kind="dequant",
-    what="nf4",
-    shape=SHAPES["tiny"],
-    projection="down",
-    tokens=1,
-    rank=0,
-    dtype="float32",
-)
 EXPLAINED = {
     *("name", "tflops", "gb_per_s", "of_floor", "floor_ms", "path", "plan", "peak_bytes"),
     *("launches", "host_ms", "wall_ms", "first_call_s"),

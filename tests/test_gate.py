@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import on_the_cpu, refused_on_the_cpu
-from virtual_device import Speeds, cases
+from virtual_device import DEQUANT, Speeds, cases
 
 import scattermoe_lora
 from conftest import DEVICE
 from verify import peer_figures, revision
 from verify.bench_arms import Arm, arm_of
-from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS, BenchCase
+from verify.bench_cases import KINDS, PROJECTIONS, SHAPES, WHATS
 from verify.cli import main
 from verify.commands.gate import calibrated
 from verify.gate import Gate, Result, exit_status, summary_of
@@ -31,15 +31,6 @@ pytestmark = pytest.mark.correctness
 PACKAGE = Path(scattermoe_lora.__path__[0])
 SIX = cases(6)
 NAME = SIX[2].name
-DEQUANT = BenchCase(
-    kind="dequant",
-    what="nf4",
-    shape=SHAPES["tiny"],
-    projection="down",
-    tokens=1,
-    rank=0,
-    dtype="float32",
-)
 
 
 def gate_of(speeds, count=6, **facts):

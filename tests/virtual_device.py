@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from verify.bench_arms import Arm
-from verify.bench_cases import BenchCase
+from verify.bench_cases import SHAPES, BenchCase
 from verify.benchmark_plugin import Measured
 from verify.gate import Gate
 from verify.gate_measure import ARMS, BASE, HEAD, Pairs, Visit
@@ -19,6 +19,16 @@ from verify.timing import Effort, VirtualClock
 
 H100 = "NVIDIA H100 80GB HBM3"
 CPU = torch.device("cpu")
+DEQUANT = BenchCase(
+    kind="dequant",
+    what="nf4",
+    shape=SHAPES["tiny"],
+    projection="down",
+    tokens=1,
+    rank=0,
+    dtype="float32",
+)
+"""A benchmark that runs on a CPU in no time."""
 FEW = Effort(budget_ms=1e9, least=4, most=20)
 
 
