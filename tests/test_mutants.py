@@ -154,6 +154,20 @@ def test_reasons_of_equivalent_mutants_are_few_and_of_mutants_that_exist(generat
     assert all(len(reason.split()) >= 5 for reason in EQUIVALENT.values())
 
 
+def test_the_path_of_a_gpu_and_the_choice_of_a_plan_are_not_mutated():
+    source = (
+        "def f(path, plan, a):\n"
+        "    if plan is None:\n        plan = chosen(a + 1)\n"
+        "    if path is Path.GROUPED_MM:\n        return a - 2\n"
+        "    match path:\n"
+        "        case Path.GROUPED_MM:\n            return a - 3\n"
+        "        case _:\n            return a - 4\n"
+    )
+    seen = mutants._without_unseen(ast.parse(source).body[0])
+    changes = {edit.text for edit in edits("k.py", source, seen, HOST_OPERATORS)}
+    assert changes == {"a + 4", "a", "5"}
+
+
 def test_what_only_the_interpreter_sees_is_tried_there_and_counts_nowhere_on_a_gpu():
     made = {
         device: {c.id for c in mutants.by_hand(source_directory(), SPECS.values(), device)

@@ -29,6 +29,7 @@ from .mutation_targets import (
     CHECKS,
     EQUIVALENT,
     FUNCTION_CHECKS,
+    GPU_PATH,
     HOST_FUNCTIONS,
     NOT_SEEN,
     ROUTING_FILES,
@@ -139,7 +140,9 @@ def checks_for(file: str, function: str, kernels: Sequence[KernelSpec]) -> tuple
 
 
 def _without_unseen(function: ast.FunctionDef) -> ast.FunctionDef:
-    """The function without what only chooses a compiled variant."""
+    """The function without what only chooses a compiled variant, and without the path that a GPU
+    alone takes.
+    """
 
     class Cut(ast.NodeTransformer):
         def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
@@ -157,9 +160,14 @@ def _without_unseen(function: ast.FunctionDef) -> ast.FunctionDef:
         def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
             return None if node.arg in NOT_SEEN else self.generic_visit(node)
 
-        def visit_If(self, node: ast.If) -> ast.AST | None:
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt] | None:
             self.generic_visit(node)
+            if GPU_PATH in ast.unparse(node.test):
+                return node.orelse
             return node if node.body else None
+
+        def visit_match_case(self, node: ast.match_case) -> ast.AST | None:
+            return None if GPU_PATH in ast.unparse(node.pattern) else self.generic_visit(node)
 
     return Cut().visit(function)
 

@@ -71,9 +71,16 @@ HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Launchers whose arithmetic reaches a kernel."""
 
-NOT_SEEN = ("chunk", "form", "plan", "pointers", "strict", "warps", "stages", "num_warps")
+NOT_SEEN = (
+    "chunk", "form", "halved", "large", "plan", "pointers", "stages", "strict", "warps",
+    "num_warps",
+)  # fmt: skip
 """Names and arguments that choose a plan or a compiled variant, or how much is done at a time, or
 what is checked: they change no result."""
+
+GPU_PATH = "Path.GROUPED_MM"
+"""The path of torch's own kernel, which refuses operands on a CPU: launchers' branches for it are
+not mutated."""
 
 SKIPPED_FUNCTIONS = ("self_test_kernel",)
 
