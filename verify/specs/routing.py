@@ -46,7 +46,11 @@ _CASES = (
     *_distinct(),
     _long("two-chunks", 150, "plain"),
     _long("nine-chunks", 1100, "sentinels"),
-)
+    Case(
+        name="one-row-of-many-experts", tokens=1, top_k=1, experts=33, k_in=16, n_out=16,
+        tags=frozenset({"edge"}),
+    ),
+)  # fmt: skip
 
 
 def _inputs(
