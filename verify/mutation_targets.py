@@ -274,6 +274,18 @@ EQUIVALENT: Mapping[str, str] = {
     "other=0.0) -> tl.load(y.ptr + slot * y.row + n * y.col, mask=n < N, other=float('nan'))": (
         "columns past N are summed apart from the others and are not stored"
     ),
+    "ops/rows.py:combine:attribute:RowOrder.SLOT -> RowOrder.EXPERT": (
+        "the number of rows is checked alone, and both orders have as many"
+    ),
+    "ops/rows.py:combine_grad:attribute:RowOrder.SLOT -> RowOrder.EXPERT": (
+        "the number of rows is checked alone, and both orders have as many"
+    ),
+    "ops/rows.py:combine_grad:arithmetic:y.data_ptr() | dout.data_ptr() -> y.data_ptr()": (
+        "the addresses choose a compiled variant alone"
+    ),
+    "ops/rows.py:combine_grad:arithmetic:y.data_ptr() | dout.data_ptr() -> dout.data_ptr()": (
+        "the addresses choose a compiled variant alone"
+    ),
     "ops/gram.py:gram_tile:neighbour:end -> end + 1": "a step without rows adds zeros",
     "ops/gram.py:gram_tile:other:tl.load(slots + rows, mask=inside, other=0) -> tl.load(slots + "
     "rows, mask=inside, other=1)": (
@@ -294,6 +306,190 @@ EQUIVALENT: Mapping[str, str] = {
     ),
     "ops/gram.py:gram_kernel:constant:1 -> 2 #3": (
         "no rows all the same: only whether the end lies before the beginning counts"
+    ),
+    "ops/lora.py:_summed:reassignment:rows = rows._replace(target=RowOrder.SLOT) -> pass": (
+        "whether the target is EXPERT is asked alone, and neither is"
+    ),
+    "ops/lora.py:_summed:conversion:rows._replace(target=RowOrder.SLOT) -> rows": (
+        "whether the target is EXPERT is asked alone, and neither is"
+    ),
+    "ops/lora.py:lora_rows:reassignment:rows = rows._replace(target=RowOrder.SLOT) -> pass": (
+        "whether the target is EXPERT is asked alone, and neither is"
+    ),
+    "ops/lora.py:lora_rows:conversion:rows._replace(target=RowOrder.SLOT) -> rows": (
+        "whether the target is EXPERT is asked alone, and neither is"
+    ),
+    "ops/lora.py:_summed:arithmetic:width // 2 -> width": (
+        "a sum made in other parts of the columns is the same"
+    ),
+    "ops/lora.py:_summed:constant:2 -> 3": "a sum made in other parts of the columns is the same",
+    "ops/lora.py:_fused:scaling:routing.fan_out(rows.source) -> 1": (
+        "the interpreter compiles nothing that another fan-out could reuse"
+    ),
+    "ops/lora.py:_fused:exchanged:_fused_launch( tile, plan.precision, by_expert, rows.target "
+    "...), bias_form, scale_form, ) -> _fused_launch(tile, plan.precision, by_expert, rows.target"
+    " i...ce), scale_form, bias_form)": "a launch is remembered by all of them, in whatever order",
+    "ops/recompute.py:launch_recompute:scaling:routing.fan_out(p_order) -> 1": (
+        "the interpreter compiles nothing that another fan-out could reuse"
+    ),
+    "ops/recompute.py:launch_recompute:scaling:routing.fan_out(z_order) -> 1": (
+        "the interpreter compiles nothing that another fan-out could reuse"
+    ),
+    "ops/recompute.py:recompute_kernel:neighbour:program -> (program + 1) #2": (
+        "the blocks of an expert are dealt to its programs in another order"
+    ),
+    "ops/recompute.py:recompute_kernel:neighbour:end -> end + 1": "a step without rows adds zeros",
+    "ops/recompute.py:recompute_kernel:other:tl.load(slots + rows, mask=inside, other=0) -> "
+    "tl.load(slots + rows, mask=inside, other=1)": (
+        "rows that are not inside are loaded as zeros, whatever their slot"
+    ),
+    "ops/recompute.py:recompute_kernel:mask:tl.load(row_scale + slot, mask=inside, other=0.0) -> "
+    "tl.load(row_scale + slot)": (
+        "a row that is not inside was loaded as zeros, and stays zero whatever its finite gate"
+    ),
+    "ops/weight_grad.py:expert_bias_grad_kernel:neighbour:end -> end + 1": (
+        "a step without rows adds zeros"
+    ),
+    "ops/weight_grad.py:expert_bias_grad_kernel:other:tl.load(slots + rows, mask=inside, other=0)"
+    " -> tl.load(slots + rows, mask=inside, other=1)": (
+        "rows that are not inside are loaded as zeros, whatever their slot"
+    ),
+    "ops/weight_grad.py:expert_bias_grad_kernel:mask:tl.load(row_scale + slot, mask=inside, "
+    "other=0.0) -> tl.load(row_scale + slot)": (
+        "a row that is not inside was loaded as zeros, and stays zero whatever its finite gate"
+    ),
+    "ops/weight_grad.py:expert_bias_grad:exchanged:_bias_launch(by_expert, dy.dtype, dy.stride(),"
+    " width, fan_out, scale_form) -> _bias_launch(by_expert, dy.dtype, dy.stride(), fan_out, "
+    "width, scale_form)": "a launch is remembered by all of them, in whatever order",
+    "ops/weight_grad.py:expert_bias_grad:exchanged:_bias_launch(by_expert, dy.dtype, dy.stride(),"
+    " width, fan_out, scale_form) -> _bias_launch(by_expert, dy.dtype, dy.stride(), width, "
+    "scale_form, fan_out)": "a launch is remembered by all of them, in whatever order",
+    'ops/weight_grad.py:lora_grads:selection:"xa" if xa is None else "yb" -> \'yb\' if xa is None '
+    "else 'xa'": "it names the operand in the message of an error",
+    "ops/weight_grad.py:lora_grads:comparison:xa is None -> xa is not None": (
+        "it names the operand in the message of an error"
+    ),
+    "ops/scatter2scatter.py:product_tile:comparison:BLOCK_R <= EARLY_RANKS -> BLOCK_R < "
+    "EARLY_RANKS": "a loop over all ranks adds what one step adds",
+    "ops/scatter2scatter.py:product_tile:branch:EARLY -> True": (
+        "what was loaded early is not used where EARLY is false"
+    ),
+    "ops/scatter2scatter.py:product_tile:branch:EARLY -> False #2": (
+        "a loop over all ranks adds what one step adds"
+    ),
+    "ops/scatter2scatter.py:product_tile:statement:tl.assume(K > 0) -> pass": (
+        "the interpreter reads no assumption, and the loop runs as often"
+    ),
+    "ops/scatter2scatter.py:product_tile:comparison:K > 0 -> K >= 0": (
+        "the interpreter reads no assumption, and the loop runs as often"
+    ),
+    "ops/scatter2scatter.py:product_tile:constant:0 -> 1 #2": (
+        "the interpreter reads no assumption, and the loop runs as often"
+    ),
+    "ops/scatter2scatter.py:product_tile:branch:EVEN_K -> False": (
+        "the mask holds everywhere where EVEN_K is true"
+    ),
+    "ops/scatter2scatter.py:product_tile:branch:not EVEN_K -> True": (
+        "the mask holds everywhere where EVEN_K is true"
+    ),
+    "ops/scatter2scatter.py:product_tile:comparison:end > row -> end >= row": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:comparison:end > row -> end >= row #2": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:comparison:end > row -> end >= row #3": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:constant:0.0 -> 1.0": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:constant:0.0 -> 1.0 #2": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:constant:0 -> 1 #3": (
+        "a tile that is in use has rows: the condition is always true"
+    ),
+    "ops/scatter2scatter.py:product_tile:accumulator:tl.dot(left_tile, right_tile, acc, "
+    "input_precision=PRECISION) -> tl.dot(left_tile, right_tile, acc, "
+    "input_precision=PRECISION..._tile.dtype).to(tl.float32)": (
+        "one rounding more before the last one, as the split path makes it: the limits allow it"
+    ),
+    "ops/scatter2scatter.py:product_tile:other:tl.load(bias_ptrs, mask=n < N, other=0.0) -> "
+    "tl.load(bias_ptrs, mask=n < N, other=float('nan'))": (
+        "columns past N are summed apart from the others and are not stored"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:branch:first_expert > 0 -> False": (
+        "every launch may write the zeros of the dropped rows"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:constant:0 -> 1": (
+        "every launch may write the zeros of the dropped rows"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:(row + tl.arange(0, BLOCK_M) < "
+    "end)[:, None] & (n < N)[None, :] -> (n < N)[None, :]": (
+        "rows past the end repeat the last one, which gets zeros too"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:comparison:row + tl.arange(0, BLOCK_M) < end "
+    "-> (row + tl.arange(0, BLOCK_M) <= end)": (
+        "rows past the end repeat the last one, which gets zeros too"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:row + tl.arange(0, BLOCK_M) -> (row"
+    " - tl.arange(0, BLOCK_M))": "rows past the end repeat the last one, which gets zeros too",
+    "ops/scatter2scatter.py:scatter2scatter_kernel:branch:BLOCK_M >= HALVED_FROM and not "
+    "X_DESCRIPTOR -> False": "a tile of full height computes what one of half the height does",
+    "ops/scatter2scatter.py:scatter2scatter_kernel:comparison:BLOCK_M >= HALVED_FROM -> (BLOCK_M "
+    "> HALVED_FROM)": "a tile of full height computes what one of half the height does",
+    "ops/scatter2scatter.py:scatter2scatter_kernel:branch:end - row <= BLOCK_M // 2 -> False": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:comparison:end - row <= BLOCK_M // 2 -> end - "
+    "row < BLOCK_M // 2": "a tile of full height computes what one of half the height does",
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:end - row -> (end + row)": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:end - row -> end": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:neighbour:end -> (end + 1)": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:BLOCK_M // 2 -> (BLOCK_M % 2)": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:constant:2 -> 3": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:BLOCK_M // 2 -> BLOCK_M #2": (
+        "a tile of full height computes what one of half the height does"
+    ),
+    "ops/product.py:rank_block:constant:1 -> 2": "blocks of ranks have at least 16 of them",
+    "ops/product.py:gathered:negation:not plan.gather -> plan.gather": (
+        "rows that were copied into expert order give the same product"
+    ),
+    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
+    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
+    "target i...orm, bias_form, scale_form) #3": (
+        "a launch is remembered by all of them, in whatever order"
+    ),
+    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
+    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
+    "target i...orm, bias_form, scale_form) #4": (
+        "a launch is remembered by all of them, in whatever order"
+    ),
+    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
+    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
+    "target i...orm, bias_form, scale_form) #5": (
+        "a launch is remembered by all of them, in whatever order"
+    ),
+    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
+    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
+    "target i...rm, right_form, scale_form)": (
+        "a launch is remembered by all of them, in whatever order"
+    ),
+    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
+    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
+    "target i...orm, scale_form, bias_form)": (
+        "a launch is remembered by all of them, in whatever order"
     ),
 }
 """Id of a mutant -> why no input can tell it from the original."""
