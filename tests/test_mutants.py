@@ -11,7 +11,7 @@ from verify.broken import BY_HAND
 from verify.commands.common import source_directory
 from verify.mutation_host import OPERATORS
 from verify.mutation_operators import HOST_OPERATORS, KERNEL_OPERATORS, edits
-from verify.mutation_targets import EQUIVALENT
+from verify.mutation_reasons import EQUIVALENT
 from verify.mutation_trials import SPECS, SPOILED, Task, Verdict, paths_of, trials
 
 pytestmark = pytest.mark.correctness

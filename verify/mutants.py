@@ -25,9 +25,9 @@ from typing import Any
 from .broken import BY_HAND
 from .mutation_host import OPERATORS as HOST_OPERATORS
 from .mutation_operators import KERNEL_OPERATORS, edits, unified_diff
+from .mutation_reasons import EQUIVALENT
 from .mutation_targets import (
     CHECKS,
-    EQUIVALENT,
     FUNCTION_CHECKS,
     GPU_PATH,
     HOST_FUNCTIONS,
