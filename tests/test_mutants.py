@@ -168,6 +168,18 @@ def test_the_path_of_a_gpu_and_the_choice_of_a_plan_are_not_mutated():
     assert changes == {"a + 4", "a", "5"}
 
 
+def test_conditions_between_variants_of_equal_results_are_not_mutated():
+    source = (
+        "def f(a, BLOCK):\n"
+        "    EARLY: tl.constexpr = BLOCK <= 32\n"
+        "    if EARLY and BLOCK >= HALVED_FROM:\n        a = a + b\n"
+        "    else:\n        a = a - b\n"
+    )
+    seen = mutants._without_variants(ast.parse(source).body[0])
+    changes = [edit.text for edit in edits("k.py", source, seen, KERNEL_OPERATORS)]
+    assert changes == ["a - b", "a", "a + b", "a"]
+
+
 def test_what_only_the_interpreter_sees_is_tried_there_and_counts_nowhere_on_a_gpu():
     made = {
         device: {c.id for c in mutants.by_hand(source_directory(), SPECS.values(), device)

@@ -34,6 +34,7 @@ from .mutation_targets import (
     NOT_SEEN,
     ROUTING_FILES,
     SKIPPED_FUNCTIONS,
+    VARIANTS,
 )
 from .mutation_trials import SPOILED, Task, Verdict, serve
 from .spec import KernelSpec
@@ -114,7 +115,7 @@ def generated(package: Path, kernels: Sequence[KernelSpec]) -> Iterator[Candidat
             if not on_device and function.name not in HOST_FUNCTIONS.get(file, ()):
                 continue
             operators = KERNEL_OPERATORS if on_device else HOST_OPERATORS
-            seen = function if on_device else _without_unseen(function)
+            seen = _without_variants(function) if on_device else _without_unseen(function)
             for edit in edits(file, source, seen, operators):
                 new = edit.apply(source)
                 yield Candidate(
@@ -160,6 +161,10 @@ def _without_unseen(function: ast.FunctionDef) -> ast.FunctionDef:
         def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
             return None if node.arg in NOT_SEEN else self.generic_visit(node)
 
+        def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+            addresses = isinstance(node.op, ast.BitOr) and "data_ptr()" in ast.unparse(node)
+            return self.visit(node.left) if addresses else self.generic_visit(node)
+
         def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt] | None:
             self.generic_visit(node)
             if GPU_PATH in ast.unparse(node.test):
@@ -168,6 +173,22 @@ def _without_unseen(function: ast.FunctionDef) -> ast.FunctionDef:
 
         def visit_match_case(self, node: ast.match_case) -> ast.AST | None:
             return None if GPU_PATH in ast.unparse(node.pattern) else self.generic_visit(node)
+
+    return Cut().visit(function)
+
+
+def _without_variants(function: ast.FunctionDef) -> ast.FunctionDef:
+    """The device function without the conditions that choose between variants of equal results."""
+
+    class Cut(ast.NodeTransformer):
+        def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+            chosen = isinstance(node.target, ast.Name) and node.target.id in VARIANTS
+            return None if chosen else self.generic_visit(node)
+
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+            self.generic_visit(node)
+            names = {name.id for name in ast.walk(node.test) if isinstance(name, ast.Name)}
+            return [*node.body, *node.orelse] if names & set(VARIANTS) else node
 
     return Cut().visit(function)
 

@@ -73,14 +73,12 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/fused.py:fused_kernel:branch:column_block == 0 -> True #2": (
         "every column block computes the same t"
     ),
-    "ops/fused.py:fused_kernel:accumulator:tl.dot(low_tile, right_tile, acc, "
-    "input_precision=PRECISION) -> tl.dot(low_tile, right_tile, acc, "
-    "input_precision=PRECISION)..._tile.dtype).to(tl.float32)": (
-        "one rounding more before the last one, as the split path makes it: the limits allow it"
-    ),
     "ops/fused.py:fused_kernel:other:tl.load(bias_ptrs, mask=n < N, other=0.0) -> "
     "tl.load(bias_ptrs, mask=n < N, other=float('nan'))": (
         "columns past N are summed apart from the others and are not stored"
+    ),
+    "ops/fused.py:fused_kernel:branch:column_block == 0 -> True": (
+        "every column block writes the same zeros"
     ),
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:(element % BLOCKSIZE).to(tl.int32) -> "
     "(element % BLOCKSIZE)": "what is below a block size is the same in 64 bits",
@@ -95,10 +93,6 @@ EQUIVALENT: Mapping[str, str] = {
     "tl.program_id(0)": "an expert has fewer than 2^31 words",
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:tl.minimum(items - start, "
     "BLOCK).to(tl.int32) -> tl.minimum(items - start, BLOCK)": "compared in 64 bits it is the same",
-    "ops/dequantize.py:dequantize_four_bit_kernel:cast:tl.load(packed + source + item, "
-    "mask=inside, other=0).to(tl.int32) -> tl.load(packed + source + item, mask=inside, other=0)": (
-        "a byte that is shifted by a 32-bit amount becomes as wide"
-    ),
     "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load(packed + source + item, "
     "mask=inside, other=0) -> tl.load(packed + source + item, mask=inside, other=1)": (
         "the values of words that are not inside are not stored"
@@ -106,9 +100,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/dequantize.py:dequantize_four_bit_kernel:other:tl.load(absmax + base + distance, "
     "mask=inside, other=0) -> tl.load(absmax + base + distance, mask=inside, other=1)": (
         "the values of words that are not inside are not stored"
-    ),
-    "ops/dequantize.py:dequantize_four_bit_kernel:cast:scale.to(tl.int32) -> scale": (
-        "Triton widens an unsigned offset before it adds it to an address"
     ),
     "ops/dequantize.py:dequantize_four_bit:constant:0 -> 1": (
         "an output has an even number of elements, and a launch without programs does nothing"
@@ -148,6 +139,9 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/glu.py:glu_backward:attribute:RowOrder.EXPERT -> RowOrder.SLOT #2": (
         "the number of rows is checked alone, and both orders have as many"
     ),
+    "ops/glu.py:glu_backward_kernel:cast:tl.load(dact.ptr + row * dact.row + i * dact.col, "
+    "mask=inside, other=0.0).to(tl.float32) -> tl.load(dact.ptr + row * dact.row + i * dact.col, "
+    "mask=inside, other=0.0)": "it is multiplied by fp32 numbers, and before that by 1 at most",
     "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:group_r.to(tl.int64) -> group_r": (
         "within one matrix there are fewer than 2^31 scales"
     ),
@@ -177,6 +171,16 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/dequantize_scaled.py:dequantize_scaled:negation:False -> True": (
         "there are multiplications alone, and nothing to contract"
     ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:bits.to(tl.int8, "
+    "bitcast=True).to(tl.float32) -> bits.to(tl.int8, bitcast=True)": (
+        "what is multiplied by an fp32 number is made fp32 first"
+    ),
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:cast:(bits.to(tl.uint16) << "
+    "8).to(tl.float16, bitcast=True).to(tl.float32) -> (bits.to(tl.uint16) << 8).to(tl.float16, "
+    "bitcast=True)": "what is multiplied by an fp32 number is made fp32 first",
+    "ops/dequantize_scaled.py:dequantize_scaled_kernel:negation:True -> False": (
+        "a conversion between bytes with and without a sign keeps the bits"
+    ),
     "ops/rows.py:group:exchanged:_group(width, x.dtype, x.stride(), scale_form, fan_out) -> "
     "_group(width, x.dtype, x.stride(), fan_out, scale_form)": (
         "a launch is remembered by all of them, in whatever order"
@@ -198,11 +202,13 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/rows.py:combine_grad:attribute:RowOrder.SLOT -> RowOrder.EXPERT": (
         "the number of rows is checked alone, and both orders have as many"
     ),
-    "ops/rows.py:combine_grad:arithmetic:y.data_ptr() | dout.data_ptr() -> y.data_ptr()": (
-        "the addresses choose a compiled variant alone"
+    "ops/rows.py:combine_grad:exchanged:_combine_grad(width, routing.top_k, y.dtype, y.stride(), "
+    "dout.stride()) -> _combine_grad(routing.top_k, width, y.dtype, y.stride(), dout.stride())": (
+        "a step of fewer columns adds up to the same"
     ),
-    "ops/rows.py:combine_grad:arithmetic:y.data_ptr() | dout.data_ptr() -> dout.data_ptr()": (
-        "the addresses choose a compiled variant alone"
+    "ops/rows.py:combine_grad:exchanged:_combine_grad(width, routing.top_k, y.dtype, y.stride(), "
+    "dout.stride()) -> _combine_grad(width, y.dtype, routing.top_k, y.stride(), dout.stride())": (
+        "a launch is remembered by all of them, in whatever order"
     ),
     "ops/gram.py:gram_tile:neighbour:end -> end + 1": "a step without rows adds zeros",
     "ops/gram.py:gram_tile:other:tl.load(slots + rows, mask=inside, other=0) -> tl.load(slots + "
@@ -287,14 +293,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/weight_grad.py:lora_grads:comparison:xa is None -> xa is not None": (
         "it names the operand in the message of an error"
     ),
-    "ops/scatter2scatter.py:product_tile:comparison:BLOCK_R <= EARLY_RANKS -> BLOCK_R < "
-    "EARLY_RANKS": "a loop over all ranks adds what one step adds",
-    "ops/scatter2scatter.py:product_tile:branch:EARLY -> True": (
-        "what was loaded early is not used where EARLY is false"
-    ),
-    "ops/scatter2scatter.py:product_tile:branch:EARLY -> False #2": (
-        "a loop over all ranks adds what one step adds"
-    ),
     "ops/scatter2scatter.py:product_tile:statement:tl.assume(K > 0) -> pass": (
         "the interpreter reads no assumption, and the loop runs as often"
     ),
@@ -328,11 +326,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/scatter2scatter.py:product_tile:constant:0 -> 1 #3": (
         "a tile that is in use has rows: the condition is always true"
     ),
-    "ops/scatter2scatter.py:product_tile:accumulator:tl.dot(left_tile, right_tile, acc, "
-    "input_precision=PRECISION) -> tl.dot(left_tile, right_tile, acc, "
-    "input_precision=PRECISION..._tile.dtype).to(tl.float32)": (
-        "one rounding more before the last one, as the split path makes it: the limits allow it"
-    ),
     "ops/scatter2scatter.py:product_tile:other:tl.load(bias_ptrs, mask=n < N, other=0.0) -> "
     "tl.load(bias_ptrs, mask=n < N, other=float('nan'))": (
         "columns past N are summed apart from the others and are not stored"
@@ -353,10 +346,6 @@ EQUIVALENT: Mapping[str, str] = {
     ),
     "ops/scatter2scatter.py:scatter2scatter_kernel:arithmetic:row + tl.arange(0, BLOCK_M) -> (row"
     " - tl.arange(0, BLOCK_M))": "rows past the end repeat the last one, which gets zeros too",
-    "ops/scatter2scatter.py:scatter2scatter_kernel:branch:BLOCK_M >= HALVED_FROM and not "
-    "X_DESCRIPTOR -> False": "a tile of full height computes what one of half the height does",
-    "ops/scatter2scatter.py:scatter2scatter_kernel:comparison:BLOCK_M >= HALVED_FROM -> (BLOCK_M "
-    "> HALVED_FROM)": "a tile of full height computes what one of half the height does",
     "ops/scatter2scatter.py:scatter2scatter_kernel:branch:end - row <= BLOCK_M // 2 -> False": (
         "a tile of full height computes what one of half the height does"
     ),
@@ -409,5 +398,6 @@ EQUIVALENT: Mapping[str, str] = {
     "target i...orm, scale_form, bias_form)": (
         "a launch is remembered by all of them, in whatever order"
     ),
+    "ops/product.py:_launch:constant:0 -> 1": "without a low-rank term nothing reads the rank",
 }
 """Id of a mutant -> why no input can tell it from the original."""

@@ -78,6 +78,9 @@ NOT_SEEN = (
 """Names and arguments that choose a plan or a compiled variant, or how much is done at a time, or
 what is checked: they change no result."""
 
+VARIANTS = ("EARLY", "HALVED_FROM")
+"""Names in device functions that choose between variants of equal results."""
+
 GPU_PATH = "Path.GROUPED_MM"
 """The path of torch's own kernel, which refuses operands on a CPU: launchers' branches for it are
 not mutated."""
