@@ -56,8 +56,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/_tile.py:row_of_slot:cast:slot.to(tl.int32) -> slot": (
         "every slot is below 2^31, and divided in 64 bits it is the same"
     ),
-    "ops/fused.py:fused_kernel:cast:tl.load(bias_ptrs, mask=n < N, other=0.0).to(tl.float32) -> "
-    "tl.load(bias_ptrs, mask=n < N, other=0.0)": "what is added to an fp32 sum is made fp32 first",
     "ops/fused.py:fused_kernel:comparison:row + tl.arange(0, BLOCK_M) < end -> (row + "
     "tl.arange(0, BLOCK_M) <= end)": (
         "rows past the end repeat the last one: they store the same there"
@@ -210,6 +208,18 @@ EQUIVALENT: Mapping[str, str] = {
     "dout.stride()) -> _combine_grad(width, y.dtype, routing.top_k, y.stride(), dout.stride())": (
         "a launch is remembered by all of them, in whatever order"
     ),
+    "ops/rows.py:group_kernel:cast:tl.load(row_scale + slot, mask=expert < experts, "
+    "other=0.0).to(tl.float32) -> tl.load(row_scale + slot, mask=expert < experts, other=0.0)": (
+        "what is multiplied by an fp32 number is made fp32 first"
+    ),
+    "ops/rows.py:group_kernel:cast:value.to(tl.float32) -> value": (
+        "what is multiplied by an fp32 number is made fp32 first"
+    ),
+    "ops/rows.py:group_kernel:cast:(value.to(tl.float32) * g).to(out.ptr.dtype.element_ty) -> "
+    "value.to(tl.float32) * g": "what is stored is made of the dtype of its place",
+    "ops/rows.py:combine_grad_kernel:cast:value.to(tl.float32) -> value": (
+        "what is multiplied by an fp32 number is made fp32 first"
+    ),
     "ops/gram.py:gram_tile:neighbour:end -> end + 1": "a step without rows adds zeros",
     "ops/gram.py:gram_tile:other:tl.load(slots + rows, mask=inside, other=0) -> tl.load(slots + "
     "rows, mask=inside, other=1)": (
@@ -292,6 +302,10 @@ EQUIVALENT: Mapping[str, str] = {
     "else 'xa'": "it names the operand in the message of an error",
     "ops/weight_grad.py:lora_grads:comparison:xa is None -> xa is not None": (
         "it names the operand in the message of an error"
+    ),
+    "ops/weight_grad.py:expert_bias_grad_kernel:cast:tl.load(row_scale + slot, mask=inside, "
+    "other=0.0).to(tl.float32) -> tl.load(row_scale + slot, mask=inside, other=0.0)": (
+        "what is multiplied by an fp32 number is made fp32 first"
     ),
     "ops/scatter2scatter.py:product_tile:statement:tl.assume(K > 0) -> pass": (
         "the interpreter reads no assumption, and the loop runs as often"
