@@ -141,11 +141,12 @@ class KernelSpec:
         return tuple((dtype, mode) for dtype in self.dtypes for mode in modes)
 
     def quick_runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
-        """Of a smoke case every dtype and every mode; of others one balanced run, or an exact one
+        """Of a smoke case every dtype and every mode; of extreme values and of tiles that are
+        just full two dtypes, one of them of 16 bits; of others one balanced run, or an exact one
         too.
 
         The names of kernel and case draw the dtypes where few are enough, so that every dtype
-        meets every kind of boundary somewhere and a new case changes nothing for the others.
+        meets every kind of case somewhere and a new case changes nothing for the others.
         """
         smoke = "smoke" in case.tags
         turn, place = divmod(crc32(f"{self.name} {case.name}".encode()), self.thrift)
@@ -156,7 +157,7 @@ class KernelSpec:
         if smoke:
             runs = [(each, "balanced") for each in self.dtypes]
             runs += [(dtype, "exact"), (other, "lora-only")]
-        elif case.extreme:
+        elif case.extreme or case.routing.name == "boundary":
             runs = [(dtype, "balanced")]
             runs += [(other, "balanced")] if self.thrift == 1 else []
         else:
