@@ -78,6 +78,9 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/fused.py:fused_kernel:branch:column_block == 0 -> True": (
         "every column block writes the same zeros"
     ),
+    "ops/fused.py:fused_kernel:neighbour:end -> end + 1 #2": (
+        "rows of t past the end are not stored, whichever they are"
+    ),
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:(element % BLOCKSIZE).to(tl.int32) -> "
     "(element % BLOCKSIZE)": "what is below a block size is the same in 64 bits",
     "ops/dequantize.py:dequantize_four_bit_kernel:cast:(base % OUTER_BLOCKSIZE).to(tl.int32) -> "
@@ -298,11 +301,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/weight_grad.py:expert_bias_grad:exchanged:_bias_launch(by_expert, dy.dtype, dy.stride(),"
     " width, fan_out, scale_form) -> _bias_launch(by_expert, dy.dtype, dy.stride(), width, "
     "scale_form, fan_out)": "a launch is remembered by all of them, in whatever order",
-    'ops/weight_grad.py:lora_grads:selection:"xa" if xa is None else "yb" -> \'yb\' if xa is None '
-    "else 'xa'": "it names the operand in the message of an error",
-    "ops/weight_grad.py:lora_grads:comparison:xa is None -> xa is not None": (
-        "it names the operand in the message of an error"
-    ),
     "ops/weight_grad.py:expert_bias_grad_kernel:cast:tl.load(row_scale + slot, mask=inside, "
     "other=0.0).to(tl.float32) -> tl.load(row_scale + slot, mask=inside, other=0.0)": (
         "what is multiplied by an fp32 number is made fp32 first"
@@ -413,5 +411,9 @@ EQUIVALENT: Mapping[str, str] = {
         "a launch is remembered by all of them, in whatever order"
     ),
     "ops/product.py:_launch:constant:0 -> 1": "without a low-rank term nothing reads the rank",
+    "ops/product.py:rank_block:extremum:min(max(next_power_of_two(max(rank, 1)), 16), 64) -> "
+    "max(max(next_power_of_two(max(rank, 1)), 16), 64)": (
+        "one step over more ranks adds what several steps add"
+    ),
 }
 """Id of a mutant -> why no input can tell it from the original."""

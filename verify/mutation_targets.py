@@ -72,11 +72,11 @@ HOST_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
 """Launchers whose arithmetic reaches a kernel."""
 
 NOT_SEEN = (
-    "chunk", "form", "halved", "large", "plan", "pointers", "stages", "strict", "warps",
+    "chunk", "form", "halved", "large", "missing", "plan", "pointers", "stages", "strict", "warps",
     "num_warps",
 )  # fmt: skip
 """Names and arguments that choose a plan or a compiled variant, or how much is done at a time, or
-what is checked: they change no result."""
+what is checked and what an error says: they change no result."""
 
 VARIANTS = ("EARLY", "HALVED_FROM")
 """Names in device functions that choose between variants of equal results."""
