@@ -10,7 +10,7 @@ that is named), for whoever looks further:
   win 4% from 2048 rows per expert on, 64x256x64 with 4 warps at 64 rows.
 - 128x128x64 with 3 stages, so that two programs share a multiprocessor: 3 to 10% slower where K is
   at most 1024 (down of the finer models), 19 to 33% elsewhere; 64x256x64 and 64x128x64 likewise,
-  14 to 75%.
+  7 to 75%.
 - X through a tensor map where its rows are in expert order: 5 to 10%. Gathering X first to allow
   it pays from N = 8192 on.
 - A last tile of at most 64 rows computed at half height: forward of Qwen3-30B gate_up 353 to
