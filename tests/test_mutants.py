@@ -150,7 +150,8 @@ def test_eight_mutants_of_every_operation_are_made_by_hand(name):
 def test_reasons_of_equivalent_mutants_are_few_and_of_mutants_that_exist(generated):
     ids = {candidate.id for candidate in generated}
     assert set(EQUIVALENT) <= ids, set(EQUIVALENT) - ids
-    assert len(EQUIVALENT) <= len(ids) // 20
+    every = len(ids) + sum(len(own) for own in mutants.BY_HAND.values())
+    assert len(EQUIVALENT) <= every // 20
     assert all(len(reason.split()) >= 5 for reason in EQUIVALENT.values())
 
 
@@ -254,6 +255,14 @@ def test_what_a_record_found_is_kept_while_the_change_is_the_same(generated):
     known = mutants.known_verdicts([entry, changed], generated)
     assert list(known) == [one.id]
     assert known[one.id].status == "killed"
+
+
+@pytest.mark.parametrize(("reason", "kept"), [(mutants.SAME_CODE, True), ("written once", False)])
+def test_of_equivalent_mutants_a_record_keeps_those_of_the_same_code(generated, reason, kept):
+    one = generated[0]
+    verdict = Verdict(id=one.id, status="equivalent", reason=reason)
+    known = mutants.known_verdicts([mutants.as_json(one, verdict)], generated)
+    assert (one.id in known) == kept
 
 
 def test_scores_leave_out_what_counts_nowhere():

@@ -40,6 +40,8 @@ from .mutation_trials import SPOILED, Task, Verdict, serve
 from .spec import KernelSpec
 
 STATUSES = ("killed", "survived", "equivalent", "invalid")
+SAME_CODE = "the code compiled for sm_90 is that of the original"
+"""Why a mutant is equivalent that has no written reason."""
 _TASKS_PER_WORKER = 200
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
@@ -358,13 +360,16 @@ def scores(entries: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 def known_verdicts(
     entries: Iterable[Mapping[str, Any]], candidates: Iterable[Candidate]
 ) -> dict[str, Verdict]:
-    """Verdicts of an earlier record that still hold: same mutant, same change."""
+    """Verdicts of an earlier record that still hold: same mutant, same change.
+
+    Written reasons are today's; what compiles to the same code needs none.
+    """
     diffs = {candidate.id: candidate.diff for candidate in candidates}
     names = ("id", "status", "killed_by", "reason", "checks", "seconds")
     return {
         entry["id"]: Verdict(**{name: entry[name] for name in names})
         for entry in entries
-        if entry["status"] in ("killed", "survived", "equivalent", "invalid")
+        if (entry["status"] in ("killed", "survived", "invalid") or entry["reason"] == SAME_CODE)
         and diffs.get(entry["id"]) == entry["diff"]
     }
 

@@ -31,6 +31,7 @@ _PATHS = (
     ("scatter2scatter", "tiles"),
     ("lora_forward", "epilogue"),
     ("lora_forward", "fused"),
+    ("lora_input_grad", "epilogue"),
     ("lora_input_grad", "fused"),
     ("lora_weight_grad", "gram"),
     ("lora_weight_grad", "recompute"),

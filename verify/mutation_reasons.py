@@ -53,6 +53,9 @@ EQUIVALENT: Mapping[str, str] = {
     "first + t + bins)": (
         "fewer than 2^31 rows among fewer than 2^25 experts have fewer than 2^29 entries"
     ),
+    "ops/scatter2scatter.py:scatter2scatter_kernel:branch:expert == UNUSED -> False": (
+        "UNUSED is -1, below the first expert of every launch, whose programs end as well"
+    ),
     "ops/_tile.py:row_of_slot:cast:slot.to(tl.int32) -> slot": (
         "every slot is below 2^31, and divided in 64 bits it is the same"
     ),

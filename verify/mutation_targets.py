@@ -21,7 +21,10 @@ CHECKS: Mapping[str, tuple[str, ...]] = {
     "ops/lora.py": ("lora_forward", "lora_input_grad"),
     "ops/product.py": ("lora_forward:epilogue", "scatter2scatter:tiles", "shrink"),
     "ops/recompute.py": ("lora_weight_grad:recompute",),
-    "ops/scatter2scatter.py": ("lora_forward:epilogue", "scatter2scatter:tiles", "shrink"),
+    "ops/scatter2scatter.py": (
+        *("lora_forward:epilogue", "scatter2scatter:tiles", "shrink"),
+        "lora_input_grad:epilogue",
+    ),
 }
 """By file; a file that is not listed is checked by the specs whose source it is."""
 

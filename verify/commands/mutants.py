@@ -163,6 +163,7 @@ def _limit(arguments: argparse.Namespace) -> int:
 
 def _prove(survivors: list[Any], verdicts: dict[str, Any], console: Console) -> None:
     """Compile what survived: the same code is equivalent, what does not compile counts nowhere."""
+    from ..mutants import SAME_CODE
     from ..mutation_proof import prove
 
     if not survivors:
@@ -171,7 +172,7 @@ def _prove(survivors: list[Any], verdicts: dict[str, Any], console: Console) -> 
     wanted = [{"id": c.id, "file": c.file, "source": c.source, "line": c.line} for c in survivors]
     statuses = {"same": "equivalent", "does not compile": "invalid"}
     reasons = {
-        "same": "the code compiled for sm_90 is that of the original",
+        "same": SAME_CODE,
         "does not compile": "accepted by the interpreter, refused by the compiler",
     }
     for name, answer in prove(wanted).items():
