@@ -1,6 +1,5 @@
 """Experts more than 2^31 elements apart: their gradients, and packed ones that are decoded."""
 
-import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from triton.runtime import interpreter
 import scattermoe_lora
 from scattermoe_lora.ops.dequantize import dequantize_four_bit_kernel
 from scattermoe_lora.ops.dequantize_scaled import dequantize_scaled_kernel
-from verify.far import far_cases
+from verify.far import far_cases, space
 from verify.specs.gradients import EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
 
 pytestmark = pytest.mark.correctness
@@ -29,10 +28,7 @@ def address_space(count, dtype):
     """Zeros of which only the touched pages exist, after 2^31 others: where an offset that is cut
     to 32 bits leads.
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, (2**31 + count) * dtype.itemsize, flags=flags)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype)[2**31 :]
+    return space(2**31 + count, dtype)[2**31 :]
 
 
 class FarStacks(TorchDispatchMode):

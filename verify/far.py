@@ -101,7 +101,7 @@ def _far(values: Sequence[Tensor], dim: int) -> list[Tensor]:
     """
     gap = _LINE * max(value.shape[dim] for value in values)
     starts = list(accumulate((value.numel() + gap) // _LINE * _LINE + gap for value in values))
-    flat = _space(_SPAN + starts[-1], values[0].dtype, values[0].device)
+    flat = space(_SPAN + starts[-1], values[0].dtype, values[0].device)
     views = []
     for value, start in zip(values, (0, *starts), strict=False):
         stride = list(torch.empty(value.shape, device="meta").stride())
@@ -110,7 +110,8 @@ def _far(values: Sequence[Tensor], dim: int) -> list[Tensor]:
     return views
 
 
-def _space(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def space(elements: int, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """Room for so many elements: memory of a GPU, on a CPU zeros that take none until touched."""
     if device.type != "cpu":
         return torch.empty(elements, dtype=dtype, device=device)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
