@@ -75,9 +75,14 @@ def reassignment(node: ast.AST) -> Iterator[Change]:
 
 
 def _tensor(node: ast.expr) -> bool:
-    """What may be a tensor or an order of rows: exchanged with other things, calls only raise."""
+    """What may be a tensor or an order of rows: exchanged with other things, calls only raise.
+
+    What only tells remembered launches apart, a dtype or the form of an operand, is none either:
+    their order in a key is free.
+    """
     named = isinstance(node, ast.Name | ast.Attribute)
-    return named and _name(node) not in _NO_TENSORS
+    name = _name(node)
+    return named and name not in _NO_TENSORS and name != "dtype" and not name.endswith("_form")
 
 
 def _name(function: ast.expr) -> str:

@@ -185,10 +185,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/dequantize_scaled.py:dequantize_scaled_kernel:negation:True -> False": (
         "a conversion between bytes with and without a sign keeps the bits"
     ),
-    "ops/rows.py:group:exchanged:_group(width, x.dtype, x.stride(), scale_form, fan_out) -> "
-    "_group(width, x.dtype, x.stride(), fan_out, scale_form)": (
-        "a launch is remembered by all of them, in whatever order"
-    ),
     "ops/rows.py:group_kernel:comparison:expert < experts -> expert <= experts #2": (
         "a dropped row was loaded as zeros, and stays zero whatever its finite gate"
     ),
@@ -209,10 +205,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/rows.py:combine_grad:exchanged:_combine_grad(width, routing.top_k, y.dtype, y.stride(), "
     "dout.stride()) -> _combine_grad(routing.top_k, width, y.dtype, y.stride(), dout.stride())": (
         "a step of fewer columns adds up to the same"
-    ),
-    "ops/rows.py:combine_grad:exchanged:_combine_grad(width, routing.top_k, y.dtype, y.stride(), "
-    "dout.stride()) -> _combine_grad(width, y.dtype, routing.top_k, y.stride(), dout.stride())": (
-        "a launch is remembered by all of them, in whatever order"
     ),
     "ops/rows.py:group_kernel:cast:tl.load(row_scale + slot, mask=expert < experts, "
     "other=0.0).to(tl.float32) -> tl.load(row_scale + slot, mask=expert < experts, other=0.0)": (
@@ -266,9 +258,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/lora.py:_fused:scaling:routing.fan_out(rows.source) -> 1": (
         "the interpreter compiles nothing that another fan-out could reuse"
     ),
-    "ops/lora.py:_fused:exchanged:_fused_launch( tile, plan.precision, by_expert, rows.target "
-    "...), bias_form, scale_form, ) -> _fused_launch(tile, plan.precision, by_expert, rows.target"
-    " i...ce), scale_form, bias_form)": "a launch is remembered by all of them, in whatever order",
     "ops/recompute.py:launch_recompute:scaling:routing.fan_out(p_order) -> 1": (
         "the interpreter compiles nothing that another fan-out could reuse"
     ),
@@ -301,9 +290,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/weight_grad.py:expert_bias_grad:exchanged:_bias_launch(by_expert, dy.dtype, dy.stride(),"
     " width, fan_out, scale_form) -> _bias_launch(by_expert, dy.dtype, dy.stride(), fan_out, "
     "width, scale_form)": "a launch is remembered by all of them, in whatever order",
-    "ops/weight_grad.py:expert_bias_grad:exchanged:_bias_launch(by_expert, dy.dtype, dy.stride(),"
-    " width, fan_out, scale_form) -> _bias_launch(by_expert, dy.dtype, dy.stride(), width, "
-    "scale_form, fan_out)": "a launch is remembered by all of them, in whatever order",
     "ops/weight_grad.py:expert_bias_grad_kernel:cast:tl.load(row_scale + slot, mask=inside, "
     "other=0.0).to(tl.float32) -> tl.load(row_scale + slot, mask=inside, other=0.0)": (
         "what is multiplied by an fp32 number is made fp32 first"
@@ -391,26 +377,6 @@ EQUIVALENT: Mapping[str, str] = {
     "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
     " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
     "target i...orm, bias_form, scale_form) #3": (
-        "a launch is remembered by all of them, in whatever order"
-    ),
-    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
-    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
-    "target i...orm, bias_form, scale_form) #4": (
-        "a launch is remembered by all of them, in whatever order"
-    ),
-    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
-    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
-    "target i...orm, bias_form, scale_form) #5": (
-        "a launch is remembered by all of them, in whatever order"
-    ),
-    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
-    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
-    "target i...rm, right_form, scale_form)": (
-        "a launch is remembered by all of them, in whatever order"
-    ),
-    "ops/product.py:_launch:exchanged:_product( tile, precision, layout, x_map, by_expert, target"
-    " ...m, bias_form, scale_form, ) -> _product(tile, precision, layout, x_map, by_expert, "
-    "target i...orm, scale_form, bias_form)": (
         "a launch is remembered by all of them, in whatever order"
     ),
     "ops/product.py:_launch:constant:0 -> 1": "without a low-rank term nothing reads the rank",

@@ -44,8 +44,11 @@ def _case(name: str, k_in: int, n_out: int, kind: str, **changes: Any) -> Case:
 IN_BLOCKS = (
     _case("blocks", 40, 34, "sentinels:30", bias=True),
     _case("blocks-mapped", 48, 40, "uniform", source="EXPERT", target="SLOT"),
+    _case("blocks-stored-nk", 48, 40, "uniform", source="EXPERT", target="SLOT"),
 )
-"""Cases whose weight comes two experts at a time, besides those that all operations share."""
+"""Cases whose weight comes two experts at a time, besides those that all operations share; of the
+last it is stored [experts, N, K].
+"""
 _AT_ONCE = 2
 _TAKING_BLOCKS = ("tiles", "epilogue", "split")
 SUMMED = (
@@ -66,9 +69,10 @@ def _weight(lib: ModuleType, inputs: Inputs, plan: Any) -> Any:
     if inputs.case not in IN_BLOCKS or plan.path.value not in _TAKING_BLOCKS:
         return weight
     quant = submodule(lib, "quant")
+    transposed = inputs.case == IN_BLOCKS[-1]
     return quant.StoredWeight(
-        stored=quant.Dense(data=weight),
-        transposed=False,
+        stored=quant.Dense(data=weight.mT.contiguous() if transposed else weight),
+        transposed=transposed,
         budget_bytes=_AT_ONCE * weight[0].numel() * weight.itemsize,
         ids=torch.arange(len(weight), device=weight.device),
     )
