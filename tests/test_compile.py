@@ -7,14 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from verify.ahead import ARCHITECTURES, serialised
-from verify.commands.compile import Baseline, _outcome
-from verify.compile_check import PACKAGE, QWEN3, jobs
+from verify.ahead import ARCHITECTURES, Compiled, serialised
+from verify.commands.compile import Baseline, _outcome, _resumed
+from verify.compile_check import PACKAGE, QWEN3, demands, jobs, most_stack
 from verify.uniform_registers import misread
 
 pytestmark = [pytest.mark.correctness, pytest.mark.compile]
@@ -149,18 +150,40 @@ def test_the_full_matrix_has_every_candidate_of_an_architecture_once(number):
         assert set(wanted) == {"epilogue", "fused", "split"}
 
 
-@pytest.mark.parametrize(
-    ("stack", "beyond", "words"),
-    [(0, True, ""), (8, True, "k uses a stack"), (0, False, "is not in the baseline")],
-)
-def test_plans_beyond_the_baseline_may_compile_and_may_not_spill(stack, beyond, words):
+@pytest.mark.parametrize(("beyond", "words"), [(True, ""), (False, "is not in the baseline")])
+def test_plans_beyond_the_baseline_are_held_to_the_demands_alone(beyond, words):
     job = next(iter(jobs([80], full=False)))
     done = Future()
-    done.set_result(([{"kernel": "k", "stack": stack}], []))
+    done.set_result(([{"kernel": "k"}], []))
     baseline = Baseline(path=Path("compile.json"), values={"another job": []}, whole=True)
     found = _outcome(job, done, baseline, accept=False, beyond=beyond)
     assert found["status"] == ("failed" if words else "passed")
     assert found["reason"].endswith(words)
+
+
+@pytest.mark.parametrize("number", ARCHITECTURES)
+def test_a_kernel_that_keeps_more_than_expected_on_a_stack_is_refused(number):
+    job = next(iter(jobs([number], full=False)))
+    kernel = Compiled(kernel="k", registers=255, stack=0, shared=0, matrix={}, cubin=1)
+    limit = most_stack(number)
+    assert not demands(job, replace(kernel, stack=limit))
+    (problem,) = demands(job, replace(kernel, stack=limit + 8))
+    assert f"keeps {limit + 8} bytes" in problem
+    assert f"at most {limit}" in problem
+
+
+@pytest.mark.parametrize("changed", ["", "failed", "triton", "fingerprint"])
+def test_a_record_is_taken_up_where_it_found_a_job_right(tmp_path, changed):
+    head = {"environment": {"triton": "3.6.0"}, "fingerprint": {"routing": "a"}}
+    outcome = {"job": "sm_80", "status": "failed" if changed == "failed" else "passed"}
+    record = {**head, "outcomes": [outcome]}
+    if changed == "triton":
+        record["environment"] = {"triton": "3.9.0"}
+    if changed == "fingerprint":
+        record["fingerprint"] = {"routing": "b"}
+    path = tmp_path / "compile.json"
+    path.write_text(json.dumps(record))
+    assert list(_resumed(path, head)) == ([] if changed else ["sm_80"])
 
 
 def test_an_interpreting_process_refuses():

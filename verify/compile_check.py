@@ -20,6 +20,8 @@ from .ahead import ARCHITECTURES, Architecture, Compiled, compiling
 PACKAGE = "scattermoe_lora"
 BASELINES = Path(__file__).parent / "baselines"
 _COMPARED = ("kernel", "registers", "stack", "shared", "matrix")
+_FROM_SHARED_MEMORY = (90, 100)
+"""Architectures whose products read their operands from shared memory."""
 _WARPGROUP = 64
 
 
@@ -328,9 +330,22 @@ def _float8(lib: ModuleType, shape: Shape) -> None:
     stored.dense(None, dtype=shape.torch_dtype, plan=quant.DequantizePlan(block=4096, warps=4))
 
 
+def most_stack(architecture: int) -> int:
+    """Bytes that a thread may keep on a stack: 64 where products read their operands from shared
+    memory. Elsewhere fragments of them share the registers with the accumulators, and tiles with
+    128 accumulators per thread keep up to 280 bytes (Triton 3.6): 320, 80 of 255 registers.
+    """
+    return 64 if architecture in _FROM_SHARED_MEMORY else 320
+
+
 def demands(job: Job, compiled: Compiled) -> list[str]:
     """What is wrong with a compiled kernel, whatever the baseline says."""
     architecture, problems = ARCHITECTURES[job.architecture], []
+    if compiled.stack > most_stack(job.architecture):
+        problems.append(
+            f"keeps {compiled.stack} bytes per thread on a stack, at most "
+            f"{most_stack(job.architecture)} are expected of {architecture.name}"
+        )
     if compiled.shared > architecture.shared_memory:
         problems.append(
             f"needs {compiled.shared} bytes of shared memory, but {architecture.name} has "

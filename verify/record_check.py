@@ -39,6 +39,7 @@ _KEY = ("kernel", "case", "dtype", "mode")
 _WORDS = (*_KEY, "path", "plan", "status", "measure", "reason")
 _OPTIONS = {
     "check": ("--full",),
+    "compile": ("--full",),
     "mutants": ("--full",),
     "fuzz": ("--minutes", "20"),
     "gate": ("--against", "main"),
