@@ -86,7 +86,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-against",
         metavar="REV|DIR",
-        help="where the sources of the baseline are, if not at the revision that it states",
+        help="where the sources of the baseline are, if not at the revision that it states; write "
+        "--bench-against=DIR, or pytest takes the directory for one of tests",
     )
     group.addoption(
         "--bench-minutes", type=float, default=8.0, help="time of the gate in minutes (8)"
