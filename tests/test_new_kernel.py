@@ -1,5 +1,5 @@
 """The README's five steps, followed for a toy kernel in a copy of the tree: nothing else need be
-edited for it to be checked, fuzzed and broken on purpose.
+edited for it to be checked, fuzzed, broken on purpose, compiled ahead and timed.
 """
 
 import json
@@ -178,15 +178,15 @@ def tree(tmp_path_factory) -> Path:
     return tree
 
 
-def run(tree: Path, words: str) -> subprocess.CompletedProcess:
+def run(tree: Path, words: str, **variables: str) -> subprocess.CompletedProcess:
     """A command line in the copy; Python is the one that runs this."""
     program, *rest = shlex.split(words)
     assert program in ("python", "pytest")
     command = [sys.executable, *(["-m", "pytest"] if program == "pytest" else []), *rest]
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    variables |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    around = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    around |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", **variables}
     return subprocess.run(
-        command, cwd=tree, env=variables, capture_output=True, text=True, check=False
+        command, cwd=tree, env=around, capture_output=True, text=True, check=False
     )
 
 
@@ -229,6 +229,28 @@ def test_it_is_fuzzed_and_its_mutant_is_killed(tree):
     )
     assert mutants.returncode == 0, mutants.stdout + mutants.stderr
     assert json.loads((tree / "mutants.json").read_text())["summary"]["killed"] == 1
+
+
+def test_it_is_compiled_ahead_and_timed(tree):
+    compiled = run(
+        tree,
+        "python -m verify compile --arch 80 90 --operations square --no-baseline --jobs 1 "
+        "--json compile.json",
+        TRITON_INTERPRET="0",
+    )
+    assert compiled.returncode == 0, compiled.stdout + compiled.stderr
+    outcomes = json.loads((tree / "compile.json").read_text())["outcomes"]
+    kernels = [kernel["kernel"] for item in outcomes for kernel in item["kernels"]]
+    assert kernels == ["square_kernel"] * 2
+    timed = run(
+        tree,
+        "python -m verify bench --device cpu --models tiny --kinds kernel --names *.square.* "
+        "--no-peers --quick --json bench.json",
+    )
+    assert timed.returncode == 0, timed.stdout + timed.stderr
+    (entry,) = json.loads((tree / "bench.json").read_text())["benchmarks"]
+    assert entry["name"].startswith("kernel.square.tiny.")
+    assert entry["floor_ms"] > 0
 
 
 @pytest.mark.correctness

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bench_cases import PROJECTIONS, BenchCase
 from .bench_inputs import BLOCK, OUTER_BLOCK, SCALING, Drawn, problem_of
+from .entries import BY_ENTRY, prepared
 
 CHUNK_BYTES = 3 * 2**26
 """Transient dense weights of the chunked QLoRA layer: 192 MiB, or one expert where that is more."""
@@ -35,6 +36,17 @@ class Arm:
         return dict(zip(self.outputs, self.call(), strict=True))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryArm(Arm):
+    """A call that names its results itself."""
+
+    run: Callable[[], Mapping[str, Tensor]]
+
+    def results(self) -> dict[str, Tensor]:
+        """Run it once; its results by name."""
+        return dict(self.run())
+
+
 def leaf(value: Tensor) -> Tensor:
     """The same storage, wanting a gradient."""
     return value.detach().requires_grad_()
@@ -44,6 +56,8 @@ def arm_of(lib: ModuleType, case: BenchCase, drawn: Drawn) -> Arm:
     """The package's arm of a case on these tensors."""
     if case.kind == "dequant":
         return _dequantise(lib, case, drawn)
+    if case.by_entry:
+        return _by_entry(lib, case, drawn)
     if case.projection:
         return _Linear(lib, case, drawn).arm()
     if case.kind == "kernel":
@@ -235,6 +249,18 @@ def _dequantise(lib: ModuleType, case: BenchCase, drawn: Drawn) -> Arm:
         call=lambda: (stack.dense(dtype=case.torch_dtype, out=out),),
         outputs=("dense",),
     )
+
+
+def _by_entry(lib: ModuleType, case: BenchCase, drawn: Drawn) -> Arm:
+    assert drawn.inputs is not None, "a kernel that is timed by its entry has inputs"
+    spec = BY_ENTRY[case.what]
+    inputs = prepared(spec, lib, drawn.inputs)
+    plan = spec.plans(lib, inputs)[0].plan
+
+    def run() -> Mapping[str, Tensor]:
+        return spec.run(lib, inputs, plan)
+
+    return EntryArm(call=lambda: tuple(run().values()), outputs=(), run=run)
 
 
 def _kernel(lib: ModuleType, case: BenchCase, drawn: Drawn) -> Arm:

@@ -2,7 +2,8 @@
 of a model.
 
 A name is `kind.what.model.projection.t<tokens>.r<rank>.<routing>.<dtype>`, without what does not
-apply.
+apply. A kernel that has no benchmark of its own is timed by its entry in `verify.specs`, under its
+name there.
 """
 
 import itertools
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cases import Case
+from .entries import BY_ENTRY, sized
 from .routings import RoutingKind
 
 KINDS = ("kernel", "projection", "layer", "qlora-layer", "dequant")
@@ -127,7 +130,7 @@ class BenchCase:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.what not in WHATS[self.kind]:
+        if self.kind not in KINDS or (self.what not in WHATS[self.kind] and not self.by_entry):
             raise ValueError(f"there is no benchmark {self.what!r} of kind {self.kind!r}")
         if by_projection(self.kind, self.what) != (self.projection in PROJECTIONS):
             raise ValueError(f"{self.kind} {self.what} of projection {self.projection!r}")
@@ -149,6 +152,26 @@ class BenchCase:
         return ".".join(words)
 
     @property
+    def by_entry(self) -> bool:
+        """Whether the entry of a kernel says all of it."""
+        return self.kind == "kernel" and self.what in BY_ENTRY
+
+    @property
+    def case(self) -> Case:
+        """What an entry is asked for: the first case of the kernel at the sizes of gate_up."""
+        shape = self.shape
+        k_in, n_out = shape.widths("gate_up")
+        return sized(
+            BY_ENTRY[self.what],
+            tokens=self.tokens,
+            experts=shape.experts,
+            top_k=shape.top_k,
+            k_in=k_in,
+            n_out=n_out,
+            rank=self.rank,
+        )
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Storage type of activations, weights and adapters."""
         return getattr(torch, self.dtype)
@@ -163,7 +186,7 @@ class BenchCase:
         """Cases with the same key are run on the same tensors."""
         if self.projection and self.kind != "dequant":
             return replace(self, kind="projection", what="step", rank=self.rank or 16)
-        if self.kind == "kernel":
+        if self.kind == "kernel" and not self.by_entry:
             return replace(self, what="sort", rank=0)
         if self.kind == "layer":
             return replace(self, what="step")
@@ -230,6 +253,16 @@ def _cases_of(
             yield base
             if base.projection:
                 yield replace(base, projection="down")
+    for what in BY_ENTRY:
+        yield BenchCase(
+            kind="kernel",
+            what=what,
+            shape=shape,
+            tokens=tokens,
+            rank=rank,
+            routing=routing,
+            dtype=dtype,
+        )
 
 
 def together(cases: Iterable[BenchCase]) -> tuple[BenchCase, ...]:
@@ -283,5 +316,10 @@ def targets(models: Iterable[str] = BUILT_IN) -> tuple[BenchCase, ...]:
         BenchCase(kind="kernel", what=what, shape=shape, rank=0)
         for shape in shapes[:1]
         for what in whats
+    ]
+    found += [
+        BenchCase(kind="kernel", what=what, shape=shape)
+        for shape in shapes[:1]
+        for what in BY_ENTRY
     ]
     return together(found)

@@ -4,9 +4,10 @@ The truth is the reference in fp64; the yardstick is plain torch, expert by expe
 the case. A result may err at most twice as much as plain torch, by norm, besides what one fp32 sum
 over the longest dimension may: libraries sum in parts where K is long, kernels need not. What only
 moves or decodes must be equal. A peer may err `PEER` times as much: peers round more often, W + BA
-for one.
+for one. A kernel that is timed by its entry is judged as the entry says.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from . import references
 from .bench_arms import LAYER_LEAVES, Arm, leaf, orders
 from .bench_cases import BenchCase
 from .bench_inputs import SCALING, Drawn, decoded
+from .compare import compare
+from .entries import BY_ENTRY, prepared
+from .expected import Expected
 from .numerics import accumulation_epsilon
 from .references import GatedActivation, Groups
 
@@ -43,6 +47,8 @@ class Judge:
         if case.kind == "dequant":
             stack = drawn.stored[case.projection]
             return cls(truth={"dense": decoded(case, stack, case.projection)}, errors={})
+        if case.by_entry:
+            return _entry_judge(case, drawn)
         groups = Groups.of(drawn["top_k_index"], case.shape.experts)
         results = _results_of(case, drawn, groups)
         truth = results(_reference)
@@ -70,6 +76,32 @@ class Judge:
             if not error <= limit:
                 return f"{name} errs by {error:.3g} of its norm, {limit:.3g} is allowed"
         return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryJudge(Judge):
+    """What the entry of a kernel expects of its results."""
+
+    expected: Mapping[str, Expected]
+
+    def problem_of(self, results: Mapping[str, Tensor], *, slack: float = OURS) -> str:
+        """What is wrong with the results, by the limits of the entry."""
+        del slack
+        if set(results) != set(self.expected):
+            return f"results {sorted(results)}, expected {sorted(self.expected)}"
+        found = [compare(name, results[name], want) for name, want in self.expected.items()]
+        worst = max(found, key=lambda item: item.ratio)
+        return "" if worst.ok else str(worst)
+
+
+def _entry_judge(case: BenchCase, drawn: Drawn) -> EntryJudge:
+    assert drawn.inputs is not None, "a kernel that is timed by its entry has inputs"
+    lib, spec = importlib.import_module("scattermoe_lora"), BY_ENTRY[case.what]
+    inputs = prepared(spec, lib, drawn.inputs)
+    how = spec.arithmetic(lib, inputs, spec.plans(lib, inputs)[0].plan)
+    with torch.enable_grad():
+        expected = spec.reference(inputs, how)
+    return EntryJudge(truth={}, errors={}, expected=expected)
 
 
 def distance(got: Tensor, want: Tensor) -> float:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .bench_cases import PROJECTIONS, BenchCase, choices
+from .entries import BY_ENTRY
+from .inputs import Inputs
 from .references_quant import FourBitProblem, draw_four_bit, four_bit
 
 SCALING = 1.7
@@ -23,12 +25,13 @@ class Drawn:
     Projection: top_k_index int64 [T, k], x and dy in the row orders of the case, weight [E, K, N]
     stored as [E, N, K], lora_a [E, R, K], lora_b [E, N, R]. Layer: x, dout [T, H], gates [T, k],
     and the weights and factors of each projection with its name behind theirs. stored: packed
-    tensors of 4-bit projections.
+    tensors of 4-bit projections. inputs: of a kernel that is timed by its entry.
     """
 
     case: BenchCase
     tensors: Mapping[str, Tensor]
     stored: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    inputs: Inputs | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -67,6 +70,10 @@ def draw(case: BenchCase, device: torch.device, *, seed: int = 0) -> Drawn:
     if case.kind == "dequant":
         return Drawn(case=case, tensors={}, stored={case.projection: stored(case, device, seed)})
     tensors = {"top_k_index": choices(case, seed).to(device)}
+    if case.by_entry:
+        make = BY_ENTRY[case.what].inputs
+        inputs = make(case.case, case.torch_dtype, "balanced", device, seed=seed)
+        return Drawn(case=case, tensors=tensors, inputs=inputs.having(**tensors))
     if case.projection:
         k, n = shape.widths(case.projection)
         tensors |= source.projection(shape.experts, k, n, case.rank)

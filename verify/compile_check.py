@@ -15,7 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .ahead import ARCHITECTURES, Architecture, Compiled, compiling
+from .ahead import ARCHITECTURES, Architecture, Compiled, compiling, redirected
+from .entries import BY_ENTRY, prepared, sized
+from .stated import shipped_table, stated
 
 PACKAGE = "scattermoe_lora"
 BASELINES = Path(__file__).parent / "baselines"
@@ -82,7 +84,10 @@ PLAIN = (
     "dequantize_four_bit",
     "dequantize_scaled",
 )
+_SMALL = Shape(name="small", experts=4, k=64, n=64, top_k=2, tokens=24)
+"""Of kernels that nothing but their entry says how to call; their operands are drawn."""
 _MORE_RANKS = (4, 64, 128)
+_ENTRY = "by entry"
 _WITHOUT_RANK = ("scatter2scatter", "expert_weight_grad")
 _MODELS = (
     QWEN3,
@@ -118,6 +123,10 @@ def jobs(architectures: Iterable[int], *, full: bool) -> Iterator[Job]:
             yield Job(architecture=number, operation=operation, path=path, shape=shape)
         for operation in PLAIN:
             yield Job(architecture=number, operation=operation, path="default", shape=QWEN3)
+        listed = {*PLAIN, *(operation for operation, _, _ in _PLANNED)}
+        for operation in BY_ENTRY:
+            if operation not in listed:
+                yield Job(architecture=number, operation=operation, path=_ENTRY, shape=_SMALL)
         if full:
             yield from _every_plan(lib, ARCHITECTURES[number])
 
@@ -152,6 +161,9 @@ def call(lib: ModuleType, job: Job, architecture: Architecture, *, rich: bool = 
     """Make the launches of a job; within `compiling` they are compiled."""
     if job.path == "default":
         _call_plain(lib, job)
+        return
+    if job.path == _ENTRY:
+        _call_entry(lib, job, architecture)
         return
     plans = _plans(lib, job.operation, job.path, job.shape, architecture)
     _call_planned(lib, job, plans[job.index], rich=rich)
@@ -188,17 +200,6 @@ def _plans(
         plans = [module.with_path(base, module.Path(path), problem, device)]
     plans += [plan for plan in lib.candidates(problem, device) if path in ("", plan.path.value)]
     return tuple(dict.fromkeys(plans))
-
-
-def shipped_table(lib: ModuleType, device: Any) -> Any:
-    """The table that is shipped for a GPU, whatever Triton it was tuned with."""
-    tables = importlib.import_module(f"{lib.__name__}.plan_table")
-    path = tables.SHIPPED / f"{tables.gpu_name(device)}.json"
-    if not path.exists():
-        return tables.EMPTY
-    content = json.loads(path.read_text())
-    plans = {key: tables.plan_from(entry) for key, entry in content["plans"].items()}
-    return tables.PlanTable(plans=plans, source=str(path))
 
 
 def compile_job(job: Job) -> tuple[Compiled, ...]:
@@ -290,6 +291,25 @@ def _call_plain(lib: ModuleType, job: Job) -> None:
         "dequantize_scaled": lambda: _float8(lib, shape),
     }
     calls[job.operation]()
+
+
+def _call_entry(lib: ModuleType, job: Job, architecture: Architecture) -> None:
+    """The call that an entry makes; what it is given besides is not compiled with it."""
+    spec, shape = BY_ENTRY[job.operation], job.shape
+    case = sized(
+        spec,
+        tokens=shape.tokens,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        k_in=shape.k,
+        n_out=shape.n,
+        rank=shape.rank,
+    )
+    inputs = spec.inputs(case, shape.torch_dtype, "balanced", torch.device("cpu"), seed=0)
+    with stated(lib, architecture):
+        with redirected(lib, lambda *launch: None):
+            inputs = prepared(spec, lib, inputs)
+        spec.run(lib, inputs, spec.plans(lib, inputs)[0].plan)
 
 
 def _sorted(lib: ModuleType, shape: Shape) -> None:

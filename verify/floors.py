@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .bench_cases import PROJECTIONS, BenchCase
+from .entries import BY_ENTRY
 
 NF4_BITS = 4 + 32 / 64
 """Bits per weight of NF4 in blocks of 64 with fp32 scales."""
@@ -124,6 +125,9 @@ _STEP = ("forward", "input-grad", "weight-grad")
 
 def work_of(case: BenchCase) -> tuple[Work, ...]:
     """The kernels that a benchmark cannot do without; its floor is the sum of theirs."""
+    if case.by_entry:
+        flops, moved = BY_ENTRY[case.what].cost(case.case, case.torch_dtype)
+        return (Work(flops=flops, bytes=moved),)
     bits = NF4_BITS if case.kind == "qlora-layer" else 8.0 * case.torch_dtype.itemsize
     if case.projection and case.kind != "dequant":
         products = _Linear(case=case, projection=case.projection, bits=bits).products()

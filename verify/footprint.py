@@ -9,8 +9,7 @@ import importlib
 import json
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .ahead import Architecture, changed, redirected
+from .ahead import Architecture, redirected
 from .bench_arms import arm_of
-from .bench_cases import PROJECTIONS, BenchCase, targets
-from .bench_inputs import OUTER_BLOCK, Drawn, problem_of
-from .compile_check import BASELINES, shipped_table
+from .bench_cases import PROJECTIONS, SHAPES, BenchCase, targets
+from .bench_inputs import OUTER_BLOCK, Drawn, draw, problem_of
+from .compile_check import BASELINES
+from .stated import stated
 
 ALLOCATED = 512
 """CUDA's caching allocator hands out multiples of so many bytes."""
@@ -118,29 +118,6 @@ def _key(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
-@contextmanager
-def stated(lib: ModuleType, architecture: Architecture) -> Iterator[None]:
-    """Within it, plans are chosen for the architecture, whatever device the operands are on, and
-    ids are not checked, as on a GPU.
-    """
-    plans, tables, routing = (
-        importlib.import_module(f"{lib.__name__}.{name}")
-        for name in ("plan", "plan_table", "routing")
-    )
-    facts = architecture.device(lib)
-    changes: list[tuple[Any, str, Any]] = [
-        (plans.Device, "of", lambda device: facts),
-        (tables, "installed_table", lambda device: shipped_table(lib, device)),
-        (routing, "_check_values", lambda *facts: None),
-    ]
-    tables.plan_for.cache_clear()
-    try:
-        with changed(changes):
-            yield
-    finally:
-        tables.plan_for.cache_clear()
-
-
 def footprint_of(lib: ModuleType, case: BenchCase, architecture: Architecture) -> Footprint:
     """The footprint of a benchmark case on an architecture."""
     return counted(lib, architecture, lambda: arm_of(lib, case, operands(case)).call)
@@ -169,9 +146,11 @@ def counted(
 
 def operands(case: BenchCase) -> Drawn:
     """The tensors of `bench_inputs.draw` in names, shapes, strides and dtypes, of storage that is
-    never touched.
+    never touched; those of a kernel that is timed by its entry are drawn.
     """
     case = case.inputs_key
+    if case.by_entry:
+        return draw(case, torch.device("cpu"))
     shape, dtype = case.shape, case.torch_dtype
 
     def rows(count: int, width: int) -> Tensor:
@@ -229,8 +208,14 @@ def _packed(case: BenchCase, projection: str) -> dict[str, Tensor]:
 
 
 def cases() -> tuple[BenchCase, ...]:
-    """The benchmarks to count; those that differ in their routing alone are one."""
-    return tuple(dict.fromkeys(replace(case, routing="balanced") for case in targets()))
+    """The benchmarks to count; those that differ in their routing alone are one. Tensors of kernels
+    that are timed by their entry are drawn, hence small.
+    """
+    found = [replace(case, routing="balanced") for case in targets()]
+    small = [
+        replace(case, shape=SHAPES["tiny"], tokens=24) if case.by_entry else case for case in found
+    ]
+    return tuple(dict.fromkeys(small))
 
 
 def key_of(architecture: Architecture, case: BenchCase) -> str:
