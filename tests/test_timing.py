@@ -67,6 +67,17 @@ def test_measure_gives_medians_of_the_calls_and_their_host_time():
     assert len(found["fast"].samples) == len(found["slow"].samples) == 9
 
 
+@pytest.mark.parametrize("disturbed", range(4, 12))
+def test_a_call_that_the_host_delays_once_does_not_move_the_wall_time(disturbed):
+    """The first call says how long one takes, two warm up; then come the rows of three."""
+    clock = VirtualClock()
+    times = [2.0] * disturbed + [500.0, 2.0]
+    effort = Effort(budget_ms=50.0, least=5, most=5)
+    assert effort.calls(2.0) == 3
+    found = measure(clock, {"ours": spending(clock, *times)}, effort)
+    assert found["ours"].wall_ms == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize(("each", "rounds"), [(0.001, 100), (10.0, 25), (1000.0, 21)])
 def test_samples_fill_the_budget_within_bounds(each, rounds):
     assert Effort().rounds([each, each / 2]) == rounds

@@ -26,6 +26,9 @@ FLUSH = 3
 _CYCLES_PER_MS = 2_000_000
 """Cycles of torch.cuda._sleep per millisecond, at a clock above that of any GPU so far."""
 
+_BATCHES = 3
+"""Rows of calls of which a wall time is the median: a host that is disturbed once counts once."""
+
 _LEAD_FACTOR, _LEAD_MS = 1.4, 0.06
 """The GPU waits this much longer than the host took to enqueue a call when it was measured."""
 
@@ -170,7 +173,8 @@ def clock_of(device: torch.device) -> Clock:
 class Timing:
     """What was measured of one call, in milliseconds.
 
-    samples: one per round. wall_ms: back to back. host_ms: on the host alone.
+    samples: one per round. wall_ms: back to back, the middle of `_BATCHES` rows of calls. host_ms:
+    on the host alone.
     """
 
     samples: tuple[float, ...]
@@ -204,8 +208,8 @@ class Effort:
         return int(min(max(self.budget_ms / max(*each_ms, 1e-6), self.least), self.most))
 
     def calls(self, each_ms: float) -> int:
-        """Calls in a row for a host time."""
-        return int(min(max(0.2 * self.budget_ms / max(each_ms, 1e-6), 3), 30))
+        """Calls in a row for a wall or host time."""
+        return int(min(max(0.1 * self.budget_ms / max(each_ms, 1e-6), 3), 30))
 
 
 def measure(clock: Clock, calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
@@ -215,7 +219,7 @@ def measure(clock: Clock, calls: Mapping[str, Call], effort: Effort) -> dict[str
     for name, call in calls.items():
         count = effort.calls(each[name])
         clock.back_to_back(call, 2)
-        wall[name] = clock.back_to_back(call, count)
+        wall[name] = median(clock.back_to_back(call, count) for _ in range(_BATCHES))
         host[name] = clock.enqueue(call, min(count, 10))
     rounds = effort.rounds([wall[name] + host[name] for name in calls])
     found = clock.samples(list(calls.values()), rounds, list(host.values()))
