@@ -32,7 +32,7 @@ def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts
     machine = tmp_path / "nvidia-h100-80gb-hbm3"
     machine.mkdir()
     summary = {"regression": 0, "ambiguous": 0, "invalid": [], "complete": True, "benchmarks": 60}
-    whole = {"fingerprint": {}, "plant": 0.0, "rates": {"power": 1.0}}
+    whole = {"fingerprint": {}, "plant": 3.0, "rates": {"power": 1.0}}
     summary |= {key: value for key, value in facts.items() if key in summary}
     record = head(command, summary=summary) | whole
     record |= {key: value for key, value in facts.items() if key in whole}
@@ -44,6 +44,6 @@ def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts
     option = {
         "gate": "--against main",
         "gate-samples": "--calibrate",
-        "gate-planted": "--against . --plant 10",
+        "gate-planted": "--against . --plant 3",
     }[command]
     assert f"gate {option} --device cuda" in found.refresh

@@ -44,7 +44,7 @@ _OPTIONS = {
     "fuzz": ("--minutes", "20"),
     "gate": ("--against", "main"),
     "gate-samples": ("--calibrate",),
-    "gate-planted": ("--against", ".", "--plant", "10"),
+    "gate-planted": ("--against", "."),
 }
 _COMMANDS = {"gate-samples": "gate", "gate-planted": "gate"}
 """Records that are not named after the command that makes them."""
@@ -134,6 +134,8 @@ def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> V
             state, reason = judge(record, sources, release=release)
             if command == "check" and not release:
                 options = _narrowing(record["selection"])
+            if command == "gate-planted":
+                options = (*options, "--plant", f"{record['plant']:g}")
         except ValueError as error:
             state, reason = "malformed", str(error)
     fault = state != GOOD and (required or release or state == "malformed")
