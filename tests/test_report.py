@@ -105,6 +105,18 @@ def test_changed_sources_make_a_record_stale(records):
 
 
 @pytest.mark.correctness
+def test_a_kernel_that_was_not_checked_makes_no_record_of_checks_stale(records):
+    unchecked = {"experts_mlp": "0" * 16}
+    values = sample_records.check()
+    values |= {"fingerprint": values["fingerprint"] | unchecked}
+    (records / "check.json").write_text(json.dumps(values))
+    page = page_of(collect([records]), fingerprint=dict.fromkeys(unchecked, "f" * 16), now=NOW)
+    (where,) = [section for section in page.sections if section.id == "where"]
+    assert not any(row[-1].startswith("stale") for row in where.rows if row[0] == "check")
+    assert "experts_mlp" not in sample_records.KERNELS
+
+
+@pytest.mark.correctness
 def test_many_changed_kernels_are_counted_and_named_below(records):
     values = sample_records.sanitize() | {"fingerprint": dict.fromkeys("abcde", "0" * 16)}
     (records / "sanitize.json").write_text(json.dumps(values))

@@ -76,9 +76,13 @@ def counted(count: int, what: str) -> str:
 
 
 def stale_kernels(source: Source, fingerprint: Mapping[str, str]) -> list[str]:
-    """Kernels whose code has changed since a record."""
+    """Kernels whose code has changed since a record; one of checks is of those that it checked."""
     recorded = source.values.get("fingerprint") or {}
-    return [name for name, digest in recorded.items() if fingerprint.get(name, digest) != digest]
+    found = [name for name, digest in recorded.items() if fingerprint.get(name, digest) != digest]
+    if source.command != "check":
+        return found
+    checked = {item["kernel"] for item in source.values.get("outcomes", ())}
+    return [name for name in found if name in checked]
 
 
 def decisions_of(source: Source) -> Sequence[Mapping[str, Any]]:
