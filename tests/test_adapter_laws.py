@@ -1,6 +1,7 @@
 """Adapters of PEFT under the layer: what is passed on, merged, given back, loaded, refused."""
 
 import copy
+import inspect
 import json
 
 import hf_models
@@ -64,6 +65,15 @@ def test_attaching_nests_by_projection_and_detaching_undoes_it(packed):
         adapters.detach(model)
         assert facts(model) == before
         assert [chain.wrappers for chain in _wrappers.wrapper_chains(model)] == order
+
+
+@pytest.mark.parametrize("method", ["merge", "unmerge", "unload_and_optionally_merge_module"])
+def test_methods_of_pefts_wrapper_keep_its_arguments_and_defaults(method):
+    ours_now, pefts = (
+        inspect.signature(getattr(kind, method)).parameters.values()
+        for kind in (adapters.ParamWrapper, peft_layer.ParamWrapper)
+    )
+    assert [(p.name, p.default) for p in ours_now] == [(p.name, p.default) for p in pefts]
 
 
 def test_an_adapter_alone_at_the_top_has_the_name_of_its_attribute():
@@ -370,6 +380,7 @@ def test_loading_fills_the_adapters_of_other_layers_too(tmp_path):
     model = ours(model)
     model.save_pretrained(tmp_path)
     read = adapters.load_adapter(model_of("olmoe"), str(tmp_path))
+    assert adapters.coverage(read).trainable == 0
     other = dict(read.named_parameters())
     found = [name for name, _ in model.named_parameters() if "q_proj.lora_" in name]
     assert len(found) == 2

@@ -71,6 +71,16 @@ def test_group_copies_scales_and_fills_a_buffer(p):
     assert torch.equal(out, p.x_rows)
 
 
+def test_rows_in_expert_order_may_be_of_any_number(p):
+    x, dy, offsets = p.x_rows[:-1], p.dy[:-1], p.offsets.clamp(max=ROWS - 1)
+    dw, db = compat.group_bwd_W(dy, x, offsets, EXPERTS, has_bias=True)
+    low = 0
+    for expert, high in enumerate(offsets.tolist()):
+        assert torch.equal(dw[expert], x[low:high].mT @ dy[low:high])
+        assert torch.equal(db[expert], dy[low:high].sum(0))
+        low = high
+
+
 def test_bias_and_residual_are_added_once(p):
     plain = compat.scatter2scatter(p.x, p.w, p.ids, p.slots, TOP_K)
     assert torch.equal(plain, p.by_slot(p.base(p.x_rows)))

@@ -299,6 +299,16 @@ def test_blocks_are_their_routing_and_their_experts(device):
         layers.HFScatterMoEGatedMLP.forward(block, hidden)
 
 
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("MLP", torch.nn.functional.gelu), ("GLUMLP", torch.nn.functional.silu)],
+)
+def test_blocks_have_no_bias_and_the_former_activation_unless_told(name, activation):
+    block = getattr(compat.mlp, name)(8, 4, 3, 2)
+    assert block.activation is activation
+    assert block.experts.bias is block.output_experts.bias is None
+
+
 @pytest.mark.parametrize(("name", "widening"), [("MLP", 1), ("GLUMLP", 2)])
 def test_blocks_that_are_given_their_routing(device, name, widening):
     made, sizes, biased = getattr(compat.mlp, name), (HIDDEN, INNER, EXPERTS, TOP_K), False

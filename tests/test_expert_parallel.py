@@ -190,6 +190,10 @@ def test_a_rank_has_its_share_of_everything(group):
             name for name, _ in mine.named_parameters() if "experts" in name or "lora_" in name
         }
         assert len(whole) == len(list(model.parameters()))
+        for name, parameter in mine.named_parameters():
+            # Nothing of what other ranks own stays in memory.
+            held = parameter.untyped_storage().nbytes()
+            assert name not in ignored or held == parameter.nbytes, name
     assert parallel.ignored_by_ddp(model) == []
 
 

@@ -20,6 +20,7 @@ from test_adapter_laws import EXPERTS, NAMES, facts, logits, model_of
 from test_bitsandbytes import loaded as loaded_anywhere
 from test_peft import adapted, ours, randomise, wrappers
 from test_transformers import experts_module, operands
+from torch import nn
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import use_experts_implementation
 
@@ -294,6 +295,21 @@ def test_decoding_a_model_gives_the_experts_that_were_packed(quantized, tmp_path
     read = loaded(tmp_path / "saved")
     assert read.state_dict().keys() == hf_models.tiny_model("qwen3_moe").state_dict().keys()
     assert torch.equal(logits(read), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["as packed", "fp32"])
+def test_decoding_a_model_decodes_its_linear_layers_too(dtype, quantized):
+    model = quantized(linears=True)
+    (experts,) = hf_models.experts_of(model)
+    wanted = dtype or torch.bfloat16
+    stacks = {name: stored_experts(experts, name).dense(dtype=wanted) for name in NAMES}
+    assert type(model.model.layers[0].self_attn.o_proj) is not nn.Linear
+    dense = model.dequantize(dtype)
+    for name, expected in stacks.items():
+        assert torch.equal(getattr(experts, name), expected)
+    projection = dense.model.layers[0].self_attn.o_proj
+    assert type(projection) is nn.Linear
+    assert projection.weight.dtype == wanted
 
 
 def test_a_base_under_adapters_is_not_saved_under_names_that_nothing_reads(quantized, tmp_path):

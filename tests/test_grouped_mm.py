@@ -146,8 +146,11 @@ def stack(shape=(2, 16, 16), dtype=torch.bfloat16, offset=0) -> Tensor:
         (stack((1, 16, 16)).expand(2, 16, 16), ""),
         (stack((2, 1, 16)).expand(2, 16, 16), ""),
         (stack((2, 16, 24)).flatten()[: 2 * 380].view(2, 380)[:, :320].view(2, 20, 16), ""),
+        (stack((2, 16, 24)).flatten()[: 2 * 380].view(2, 380)[:, :320].view(2, 20, 16).mT, ""),
+        (stack((1, 16, 16)).expand(2, 16, 16).mT, ""),
+        (stack((2, 1, 16)).expand(2, 16, 16).mT, ""),
     ],
-    ids=range(18),
+    ids=range(21),
 )
 def test_tensor_maps_address_aligned_rows_of_16_bytes_alone(weight, layout):
     assert _check.w_map(weight) == layout

@@ -74,13 +74,14 @@ def test_sizes_of_a_live_model_are_those_of_its_parameters(family, packed):
     if packed:
         packing.quantize_experts(model)
     model.config.hidden_size = model.config.num_local_experts = model.config.num_experts = 999
-    shape = model_types.moe_shape(model)
-    assert shape == model_types.MoEShape(
+    expected = model_types.MoEShape(
         experts=hf_models.EXPERTS,
         top_k=hf_models.TOP_K,
         hidden=hf_models.HIDDEN,
         intermediate=hf_models.INTERMEDIATE,
     )
+    assert model_types.moe_shape(model) == expected
+    assert model_types.moe_shape(model.to("meta")) == expected
 
 
 def test_text_types_come_from_inside():

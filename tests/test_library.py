@@ -14,6 +14,12 @@ pytestmark = pytest.mark.correctness
 OPERATORS = torch.ops.scattermoe_lora
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """What other tests compiled of the same code would count towards Dynamo's limit."""
+    torch.compiler.reset()
+
+
 def draw(device, *, bias: bool = False) -> dict:
     """Operands of a small layer, each requiring a gradient but the base weights."""
     torch.manual_seed(7)
@@ -83,6 +89,44 @@ def test_compiled_equals_eager_bitwise(function, bias, device):
     assert len(eager) == len(traced) > 2
     for expected, got in zip(eager, traced, strict=True):
         assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("function", "alone"),
+    [(projection, "a1"), (projection, "b1"), *((layer, f"{f}{n}") for n in "12" for f in "ab")],
+)
+def test_one_factor_alone_is_trained_when_compiled(function, alone, device):
+    """Its gradient comes with that of the other factor, which nobody asked for."""
+    t = draw(device)
+    for name, value in t.items():
+        if isinstance(value, torch.Tensor):
+            t[name] = value.detach().requires_grad_(name == alone)
+    eager = value_and_gradients(function, t)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    traced = value_and_gradients(compiled, t)
+    assert len(eager) == len(traced) == 2
+    for expected, got in zip(eager, traced, strict=True):
+        assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "shape", "words"),
+    [
+        (projection, "w1", (4, 32, 40), "weight takes inputs of width 40 but x has 32"),
+        (projection, "a1", (4, 5, 40), "lora.a takes inputs of width 40 but x has width 32"),
+        (layer, "w1", (4, 32, 40), "weight takes inputs of width 40 but x has 32"),
+        (layer, "bias2", (4, 40), r"bias must have shape \[4, 32\], got \[4, 40\]"),
+    ],
+    ids=["linear weight", "linear factor", "layer weight", "layer bias"],
+)
+def test_a_compiled_call_refuses_what_an_eager_one_does(function, name, shape, words, device):
+    t = draw(device, bias=True)
+    for key, value in t.items():
+        t[key] = value.detach() if isinstance(value, torch.Tensor) else value
+    t[name] = torch.ones(shape, device=device)
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=words):
+            call(t, t["x"], t["gates"], t["index"])
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -169,6 +213,29 @@ def test_operators_pass_opcheck(device):
         OPERATORS.experts_mlp.default,
         (*operands, *routing.parts, 1.3, 1.0, *sm.Activation().parts),
     )
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_operators_are_like_their_operands(adapter_dtype, device):
+    """Shapes and dtypes, by which the fakes know them."""
+    t = draw(device, bias=True)
+    for name, value in t.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            dtype = adapter_dtype if name in ("a1", "b1", "a2", "b2") else torch.bfloat16
+            t[name] = value.detach().to(dtype)
+    parts = sm.Routing.from_top_k(t["index"], t["experts"]).parts
+    first = (t["w1"].mT, t["a1"], t["b1"], t["bias1"])
+    operands = (t["x"], t["gates"], *first, t["w2"].mT, t["a2"], t["b2"], t["bias2"])
+    told = (*parts, 1.3, -0.5, *sm.Activation().parts)
+    out, *made = OPERATORS.experts_mlp(*operands, *told)
+    grads = OPERATORS.experts_mlp_backward(out, *operands, *made, *told, [True] * 10)
+    for grad, operand in zip(grads, operands, strict=True):
+        assert (grad.shape, grad.dtype) == (operand.shape, operand.dtype)
+    operands, told = (t["x"], *first, t["gates"]), (*parts, 1.3, "token", "slot")
+    out, *made = OPERATORS.expert_linear(*operands, *told)
+    grads = OPERATORS.expert_linear_backward(out, *operands, *made, *told, [True] * 6)
+    for grad, operand in zip(grads, operands, strict=True):
+        assert (grad.shape, grad.dtype) == (operand.shape, operand.dtype)
 
 
 @pytest.mark.gpu

@@ -120,6 +120,19 @@ def test_shipped_tables_are_fresh():
         assert path.stem == plan_table.gpu_name(replace(HOPPER, name=content["gpu"]))
 
 
+def test_a_shipped_table_is_used_on_its_gpu(tmp_path, monkeypatch):
+    """Where the machine has no table of its own, and runs the Triton that the plans are for."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for path in (Path(sm.__file__).parent / "plans").glob("*.json"):
+        content = json.loads(path.read_text())
+        monkeypatch.setattr(plan_table.triton, "__version__", f"{content['triton']}.0")
+        # No launch asks for this device, whose answer is remembered.
+        device = replace(HOPPER, name=content["gpu"], multiprocessors=0)
+        table = plan_table.installed_table(device)
+        assert table.source == str(path)
+        assert table.plans.keys() == content["plans"].keys()
+
+
 KERNEL = """
 @triton.jit(do_not_specialize=["n"])
 def kernel(x, n):

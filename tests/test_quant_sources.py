@@ -195,6 +195,20 @@ def test_a_call_without_rows_keeps_one_expert(device):
         ActiveExperts.of(routing, active_experts(routing))
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
+def test_where_every_expert_has_rows_all_are_kept(device, given):
+    routing = Routing.from_top_k(torch.tensor([[2, 0], [1, 2]], device=device), 3)
+    ids = torch.arange(3, device=device) if given else None
+    active = ActiveExperts.of(routing, ids)
+    assert active.ids.tolist() == [0, 1, 2]
+    for name in ("slots", "expert_of_row", "offsets"):
+        assert torch.equal(getattr(active.routing, name), getattr(routing, name))
+    assert active.routing.experts == 3
+    more = torch.arange(4, device=device)
+    with pytest.raises(ValueError, match=r"1 to 3 experts, got shape \[4\]"):
+        ActiveExperts.of(routing, more)
+
+
 def test_selective_functions_agree_with_selecting_afterwards(device):
     problem, tensors, stored = drawn(device, experts=5, shape=(6, 16), blocksize=32)
     ids = torch.tensor([0, 0, 2, 2, 4], device=device)
@@ -211,6 +225,11 @@ def test_selective_functions_agree_with_selecting_afterwards(device):
         tensors["packed"], tensors["absmax"], active, (6, 16), 32, torch.float32
     )
     assert torch.equal(plain, stored.dense(dtype=torch.float32)[active])
+    rounded = compat_selective.selective_dequant_nf4_triton(
+        tensors["packed"], tensors["absmax"], active, (6, 16), 32
+    )
+    assert torch.equal(rounded, stored.dense(dtype=torch.bfloat16)[active])
+    assert rounded.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="480 elements, not a multiple of 84"):
         compat_selective.selective_dequant_nf4_triton(
             tensors["packed"], tensors["absmax"], active, (6, 14), 32

@@ -12,6 +12,7 @@ pytest.importorskip("bitsandbytes")
 
 from bitsandbytes import functional
 from plain_layer import references  # noqa: F401
+from safetensors.torch import load_file, save_file
 from test_bitsandbytes import bits, decoded, loaded, parametrised
 from torch import nn
 from torch.nn.utils import parametrize
@@ -158,6 +159,24 @@ def test_parts_put_together_are_the_stack(nested):
     same(again.state, whole.state)
     with torch.no_grad():
         assert torch.equal(decoded(module, "w"), whole.stored().dense(dtype=torch.float32))
+
+
+def test_a_model_without_experts_is_not_packed():
+    with pytest.raises(ValueError, match="Linear holds no experts module"):
+        packing.quantize_experts(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("part", ["data", "absmax", "quant_map", "quant_state"])
+def test_a_saved_model_without_a_part_is_refused(part, tmp_path):
+    model = hf_models.tiny_model("qwen3_moe")
+    packing.quantize_experts(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    del state[f"model.layers.0.mlp.experts.four_bit_down_proj_{part}"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"holds no {part} of the packed parameter down_proj"):
+        loaded(tmp_path)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
