@@ -137,6 +137,7 @@ def test_a_wrapper_that_says_nothing_did_not_swap():
         ("0.20", True, False),
         ("1.0.0.dev0", True, False),
         ("0.19.1+local", True, False),
+        ("0.19.1rc1", True, False),
     ],
 )
 def test_versions_of_peft_swap_as_they_do(version, plain, transposed):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -29,10 +30,9 @@ def version_swaps(version: str, *, transposed: bool) -> bool:
     Raises:
         ValueError: `version` is no version number.
     """
-    parts = version.split("+")[0].split(".dev")[0].split(".")
     try:
-        numbers = tuple(int(part) for part in parts[:3])
-    except ValueError:
+        numbers = Version(version).release[:3]
+    except InvalidVersion:
         raise ValueError(f"{version!r} is not a version of PEFT") from None
     if numbers >= FIRST_SWAPPING:
         return not transposed
