@@ -1,5 +1,6 @@
 """Compiling for architectures that are not at hand, and how many variants a plan compiles."""
 
+import argparse
 import importlib
 import json
 import os
@@ -7,18 +8,26 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from verify.ahead import ARCHITECTURES, Compiled, serialised
+from verify.ahead import ARCHITECTURES, serialised
 from verify.commands.compile import Baseline, _outcome, _resumed
-from verify.compile_check import PACKAGE, QWEN3, demands, jobs, most_stack
+from verify.compile_check import PACKAGE, QWEN3, jobs
+from verify.compile_demands import most_stack, over_limits
 from verify.uniform_registers import misread
 
 pytestmark = [pytest.mark.correctness, pytest.mark.compile]
+
+KERNEL = {"kernel": "k", "registers": 255, "stack": 0, "shared": 0, "matrix": {}}
+
+
+def asked(**options):
+    """The options of the command, at their defaults but for these."""
+    return argparse.Namespace(**{"accept": False, "full": False, "baseline": None, **options})
+
 
 # Triton interprets in this process, so others compile.
 SWEEP = """
@@ -154,9 +163,9 @@ def test_the_full_matrix_has_every_candidate_of_an_architecture_once(number):
 def test_plans_beyond_the_baseline_are_held_to_the_demands_alone(beyond, words):
     job = next(iter(jobs([80], full=False)))
     done = Future()
-    done.set_result(([{"kernel": "k"}], []))
+    done.set_result(([KERNEL], []))
     baseline = Baseline(path=Path("compile.json"), values={"another job": []}, whole=True)
-    found = _outcome(job, done, baseline, accept=False, beyond=beyond)
+    found = _outcome(job, done, baseline, asked(full=beyond))
     assert found["status"] == ("failed" if words else "passed")
     assert found["reason"].endswith(words)
 
@@ -164,26 +173,39 @@ def test_plans_beyond_the_baseline_are_held_to_the_demands_alone(beyond, words):
 @pytest.mark.parametrize("number", ARCHITECTURES)
 def test_a_kernel_that_keeps_more_than_expected_on_a_stack_is_refused(number):
     job = next(iter(jobs([number], full=False)))
-    kernel = Compiled(kernel="k", registers=255, stack=0, shared=0, matrix={}, cubin=1)
-    limit = most_stack(number)
-    assert not demands(job, replace(kernel, stack=limit))
-    (problem,) = demands(job, replace(kernel, stack=limit + 8))
+    limit, room = most_stack(number), ARCHITECTURES[number].shared_memory
+    assert not over_limits(job, [KERNEL | {"stack": limit, "shared": room}])
+    (problem,) = over_limits(job, [KERNEL | {"stack": limit + 8}])
     assert f"keeps {limit + 8} bytes" in problem
     assert f"at most {limit}" in problem
+    (problem,) = over_limits(job, [KERNEL | {"shared": room + 1}])
+    assert f"needs {room + 1} bytes of shared memory" in problem
 
 
-@pytest.mark.parametrize("changed", ["", "failed", "triton", "fingerprint"])
+@pytest.mark.parametrize("changed", ["", "failed", "triton", "fingerprint", "baseline", "limit"])
 def test_a_record_is_taken_up_where_it_found_a_job_right(tmp_path, changed):
+    """What it compiled is judged again, by today's baseline and limits."""
     head = {"environment": {"triton": "3.6.0"}, "fingerprint": {"routing": "a"}}
-    outcome = {"job": "sm_80", "status": "failed" if changed == "failed" else "passed"}
-    record = {**head, "outcomes": [outcome]}
+    job = next(iter(jobs([80], full=False)))
+    kernel = KERNEL | {"stack": 1000 if changed == "limit" else 0}
+    status = "failed" if changed == "failed" else "passed"
+    record = {**head, "outcomes": [{"job": job.key, "status": status, "kernels": [kernel]}]}
+    other = KERNEL | {"registers": 7 if changed == "baseline" else KERNEL["registers"]}
+    base = other | {"stack": kernel["stack"]}
+    baseline = Baseline(path=Path("b.json"), values={job.key: [base]}, whole=True)
     if changed == "triton":
         record["environment"] = {"triton": "3.9.0"}
     if changed == "fingerprint":
         record["fingerprint"] = {"routing": "b"}
     path = tmp_path / "compile.json"
     path.write_text(json.dumps(record))
-    assert list(_resumed(path, head)) == ([] if changed else ["sm_80"])
+    found = _resumed(path, head, [job], baseline, asked())
+    assert list(found) == ([] if changed in ("failed", "triton", "fingerprint") else [job.key])
+    words = {"baseline": "registers 255, baseline 7", "limit": "keeps 1000 bytes"}.get(changed, "")
+    assert all(
+        item["status"] == ("failed" if words else "passed") and words in item["reason"]
+        for item in found.values()
+    )
 
 
 def test_an_interpreting_process_refuses():

@@ -1,5 +1,6 @@
 """What a campaign draws is what the package takes, and each step of a worker has its time."""
 
+import random
 import subprocess
 import time
 from dataclasses import replace
@@ -9,9 +10,13 @@ import torch
 
 import scattermoe_lora as sm
 from verify.cases import SMOKE
+from verify.drawing import INTERPRETER, Drawing
 from verify.draws import Draw, encoded, plan_of, run_draw
+from verify.fuzz_worker import is_fixed
+from verify.models import Arithmetic
 from verify.routings import RoutingKind
 from verify.shrink import possible
+from verify.specs import KERNELS
 from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.linear import SCATTER2SCATTER
 from verify.workers import Process, Start
@@ -19,6 +24,7 @@ from verify.workers import Process, Start
 pytestmark = pytest.mark.correctness
 
 CPU = torch.device("cpu")
+SPECS = {spec.name: spec for spec in KERNELS}
 DRAW = Draw(kernel="scatter2scatter", case=SMOKE[0], dtype="float32", mode="balanced")
 
 
@@ -29,6 +35,27 @@ def test_what_the_package_refuses_is_not_drawn():
     allowed = [kind for kind in kinds if possible(replace(crowded, routing=RoutingKind(kind)))]
     assert allowed == ["all-sentinels"]
     assert all(possible(replace(SMOKE[0], routing=RoutingKind(kind))) for kind in kinds)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_kernel_is_defined_for_what_is_drawn(name):
+    """And for its listed cases, which are drawn from."""
+    spec = SPECS[name]
+    assert all(spec.admits(case) for case in spec.cases)
+    pool = {"dtype": "float32", "path": "", "plan": None, "label": "", "unavailable": ""}
+    drawing = Drawing(
+        kernels={name: spec},
+        pools={name: [pool]},
+        fixed=frozenset({name} if is_fixed(spec, CPU) else ()),
+        limits=replace(INTERPRETER, tokens=12, width=20, work=2e4),
+        random=random.Random(7),
+    )
+    for _ in range(40):
+        draw = drawing.fresh()
+        inputs = spec.inputs(draw.case, torch.float32, draw.mode, CPU, seed=draw.seed)
+        with torch.enable_grad():
+            assert spec.reference(inputs, Arithmetic())
+        assert spec.admits(drawing.resized(drawing.varied(draw)).case)
 
 
 @pytest.mark.parametrize("operand", ["x", "dy"])

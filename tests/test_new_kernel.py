@@ -249,8 +249,49 @@ def test_it_is_compiled_ahead_and_timed(tree):
     )
     assert timed.returncode == 0, timed.stdout + timed.stderr
     (entry,) = json.loads((tree / "bench.json").read_text())["benchmarks"]
-    assert entry["name"].startswith("kernel.square.tiny.")
+    assert entry["name"] == "kernel.square.tiny.t24.balanced"
     assert entry["floor_ms"] > 0
+
+
+def test_it_is_not_timed_where_it_is_wrong(tree):
+    file = tree / "scattermoe_lora" / "ops" / "square.py"
+    whole = file.read_text()
+    try:
+        replaced(file, "value * value", "value * value * 1.02")
+        ran = run(
+            tree,
+            "python -m verify bench --device cpu --models tiny --kinds kernel --names *.square.* "
+            "--no-peers --quick --json wrong.json",
+        )
+    finally:
+        file.write_text(whole)
+    record = json.loads((tree / "wrong.json").read_text())
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert record["benchmarks"] == []
+    assert [item["status"] for item in record["failures"]] == ["failed"]
+
+
+def test_a_kernel_of_one_dtype_is_compiled_and_timed_in_it(tree):
+    spec = tree / "verify" / "specs" / "square.py"
+    whole = spec.read_text()
+    try:
+        replaced(spec, '    source="ops', '    dtypes=(torch.float32,),\n    source="ops')
+        words = "--device cpu --models tiny --names *.square.* --dtypes float32"
+        timed = run(tree, f"python -m verify bench {words} --no-peers --quick --json float32.json")
+        counted = run(
+            tree,
+            "python -m verify compile --arch 80 --parts footprint --jobs 1 --json counted.json",
+            TRITON_INTERPRET="0",
+        )
+    finally:
+        spec.write_text(whole)
+    assert timed.returncode == 0, timed.stdout + timed.stderr
+    (entry,) = json.loads((tree / "float32.json").read_text())["benchmarks"]
+    assert entry["name"] == "kernel.square.tiny.t24.balanced.float32"
+    outcomes = json.loads((tree / "counted.json").read_text())["outcomes"]
+    assert [item["status"] for item in outcomes if "square" in item["job"]] == ["failed"]
+    assert all("square" in item["job"] for item in outcomes if item["status"] != "passed")
+    assert "is not in the baseline" in counted.stdout
 
 
 @pytest.mark.correctness

@@ -7,6 +7,7 @@ name there.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .entries import BY_ENTRY, sized
+from .entries import BY_ENTRY, dtype_of, sized
 from .routings import RoutingKind
 
 KINDS = ("kernel", "projection", "layer", "qlora-layer", "dequant")
@@ -35,6 +36,11 @@ def by_projection(kind: str, what: str) -> bool:
     """Whether something is timed once per projection; the rest is once per layer."""
     return kind in ("projection", "dequant") or what in PROJECTION_KERNELS
 
+
+_LARGEST = 2**29
+"""Elements of a stack of experts for which a kernel is timed by its entry: the fp64 truth of a
+larger one does not fit on a GPU beside it.
+"""
 
 ROUTINGS: tuple[str, ...] = ("balanced", "zipf", "half")
 """balanced: uniform choices; zipf: probability ~ 1 / rank of the expert; half: one expert gets
@@ -158,11 +164,11 @@ class BenchCase:
 
     @property
     def case(self) -> Case:
-        """What an entry is asked for: the first case of the kernel at the sizes of gate_up."""
-        shape = self.shape
-        k_in, n_out = shape.widths("gate_up")
+        """What an entry is asked for: the first case of the kernel at the sizes of a model."""
+        spec, shape = BY_ENTRY[self.what], self.shape
+        k_in, n_out = shape.widths(spec.timed_at)
         return sized(
-            BY_ENTRY[self.what],
+            spec,
             tokens=self.tokens,
             experts=shape.experts,
             top_k=shape.top_k,
@@ -253,16 +259,18 @@ def _cases_of(
             yield base
             if base.projection:
                 yield replace(base, projection="down")
-    for what in BY_ENTRY:
-        yield BenchCase(
-            kind="kernel",
-            what=what,
-            shape=shape,
-            tokens=tokens,
-            rank=rank,
-            routing=routing,
-            dtype=dtype,
-        )
+    for what, spec in BY_ENTRY.items():
+        stack = shape.experts * math.prod(shape.widths(spec.timed_at))
+        if getattr(torch, dtype) in spec.dtypes and stack <= _LARGEST:
+            yield BenchCase(
+                kind="kernel",
+                what=what,
+                shape=shape,
+                tokens=tokens,
+                rank=rank if spec.ranked else 0,
+                routing=routing,
+                dtype=dtype,
+            )
 
 
 def together(cases: Iterable[BenchCase]) -> tuple[BenchCase, ...]:
@@ -318,8 +326,14 @@ def targets(models: Iterable[str] = BUILT_IN) -> tuple[BenchCase, ...]:
         for what in whats
     ]
     found += [
-        BenchCase(kind="kernel", what=what, shape=shape)
+        BenchCase(
+            kind="kernel",
+            what=what,
+            shape=shape,
+            rank=16 if spec.ranked else 0,
+            dtype=str(dtype_of(spec)).rpartition(".")[2],
+        )
         for shape in shapes[:1]
-        for what in BY_ENTRY
+        for what, spec in BY_ENTRY.items()
     ]
     return together(found)

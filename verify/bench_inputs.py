@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bench_cases import PROJECTIONS, BenchCase, choices
-from .entries import BY_ENTRY
+from .entries import BY_ENTRY, inputs_of
 from .inputs import Inputs
 from .references_quant import FourBitProblem, draw_four_bit, four_bit
 
@@ -71,8 +71,7 @@ def draw(case: BenchCase, device: torch.device, *, seed: int = 0) -> Drawn:
         return Drawn(case=case, tensors={}, stored={case.projection: stored(case, device, seed)})
     tensors = {"top_k_index": choices(case, seed).to(device)}
     if case.by_entry:
-        make = BY_ENTRY[case.what].inputs
-        inputs = make(case.case, case.torch_dtype, "balanced", device, seed=seed)
+        inputs = inputs_of(BY_ENTRY[case.what], case.case, case.torch_dtype, device, seed=seed)
         return Drawn(case=case, tensors=tensors, inputs=inputs.having(**tensors))
     if case.projection:
         k, n = shape.widths(case.projection)

@@ -40,20 +40,22 @@ def _plan(lib: ModuleType, case: BenchCase, drawn: Drawn, projection: str, what:
     k, n = case.shape.widths(projection)
     if what == "input-grad":
         k, n = n, k
-    problem = lib.Problem(
-        operation=lib.Operation(_OPERATIONS[what]),
-        rows=case.rows,
-        experts=case.shape.experts,
-        k=k,
-        n=case.rank if what == "shrink" else n,
-        rank=0 if what == "base" else case.rank,
-        dtype=case.torch_dtype,
-        precision=importlib.import_module(f"{lib.__name__}.plan").current_precision(
-            case.torch_dtype
-        ),
-        w_map=_layout(lib, case, drawn, projection, what),
+    plan, table, sizes = (
+        importlib.import_module(f"{lib.__name__}.{name}")
+        for name in ("plan", "plan_table", "_sizes")
     )
-    return lib.choose(problem, lib.Device.of(drawn["top_k_index"].device))
+    return table.plan_for(
+        lib.Operation(_OPERATIONS[what]),
+        sizes.next_power_of_two(case.rows // case.shape.experts),
+        case.shape.experts,
+        k,
+        case.rank if what == "shrink" else n,
+        0 if what == "base" else case.rank,
+        case.torch_dtype,
+        plan.current_precision(case.torch_dtype),
+        _layout(lib, case, drawn, projection, what),
+        drawn["top_k_index"].device,
+    )
 
 
 def _layout(lib: ModuleType, case: BenchCase, drawn: Drawn, projection: str, what: str) -> str:

@@ -77,6 +77,8 @@ def _mb(peer: Mapping[str, Any]) -> str:
 
 
 def _print_means(console: Console, title: str, means: Mapping[str, Mapping[str, Any]]) -> None:
+    if not means:
+        return
     lines: Iterable[str] = (
         f"  {key:70} {found['geometric_mean']:6.2f} (worst {found['worst']:.2f}, {found['count']})"
         for key, found in means.items()

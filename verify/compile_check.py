@@ -16,14 +16,11 @@ import triton
 from torch import Tensor
 
 from .ahead import ARCHITECTURES, Architecture, Compiled, compiling, redirected
-from .entries import BY_ENTRY, prepared, sized
+from .entries import BY_ENTRY, dtype_of, inputs_of, prepared, sized
 from .stated import shipped_table, stated
 
 PACKAGE = "scattermoe_lora"
 BASELINES = Path(__file__).parent / "baselines"
-_COMPARED = ("kernel", "registers", "stack", "shared", "matrix")
-_FROM_SHARED_MEMORY = (90, 100)
-"""Architectures whose products read their operands from shared memory."""
 _WARPGROUP = 64
 
 
@@ -305,7 +302,7 @@ def _call_entry(lib: ModuleType, job: Job, architecture: Architecture) -> None:
         n_out=shape.n,
         rank=shape.rank,
     )
-    inputs = spec.inputs(case, shape.torch_dtype, "balanced", torch.device("cpu"), seed=0)
+    inputs = inputs_of(spec, case, dtype_of(spec), torch.device("cpu"))
     with stated(lib, architecture):
         with redirected(lib, lambda *launch: None):
             inputs = prepared(spec, lib, inputs)
@@ -348,50 +345,6 @@ def _float8(lib: ModuleType, shape: Shape) -> None:
     scale = _empty(shape.experts, -(-shape.n // 128), -(-shape.k // 128), dtype=torch.float32)
     stored = quant.Float8(data=data, scale=scale, block=(128, 128))
     stored.dense(None, dtype=shape.torch_dtype, plan=quant.DequantizePlan(block=4096, warps=4))
-
-
-def most_stack(architecture: int) -> int:
-    """Bytes that a thread may keep on a stack: 64 where products read their operands from shared
-    memory. Elsewhere fragments of them share the registers with the accumulators, and tiles with
-    128 accumulators per thread keep up to 280 bytes (Triton 3.6): 320, 80 of 255 registers.
-    """
-    return 64 if architecture in _FROM_SHARED_MEMORY else 320
-
-
-def demands(job: Job, compiled: Compiled) -> list[str]:
-    """What is wrong with a compiled kernel, whatever the baseline says."""
-    architecture, problems = ARCHITECTURES[job.architecture], []
-    if compiled.stack > most_stack(job.architecture):
-        problems.append(
-            f"keeps {compiled.stack} bytes per thread on a stack, at most "
-            f"{most_stack(job.architecture)} are expected of {architecture.name}"
-        )
-    if compiled.shared > architecture.shared_memory:
-        problems.append(
-            f"needs {compiled.shared} bytes of shared memory, but {architecture.name} has "
-            f"{architecture.shared_memory}"
-        )
-    narrow = job.shape.dtype != "float32"
-    if narrow and compiled.dots and not compiled.matrix:
-        problems.append(f"has {compiled.dots} products but no tensor-core instruction")
-    if compiled.serialised:
-        problems.append("waits for every warpgroup product by itself, which costs up to a quarter")
-    if compiled.misread:
-        problems.append(f"computes nonsense: ptxas mistook a register in {compiled.misread[0]}")
-    return problems
-
-
-def differences(job: Job, found: list[dict[str, Any]], base: list[dict[str, Any]]) -> list[str]:
-    """How the kernels of a job differ from the baseline."""
-    if [item["kernel"] for item in found] != [item["kernel"] for item in base]:
-        names = [item["kernel"] for item in found]
-        return [f"{job.key}: launches {names}, baseline {[item['kernel'] for item in base]}"]
-    return [
-        f"{job.key}: {new['kernel']}: {name} {new[name]}, baseline {old[name]}"
-        for new, old in zip(found, base, strict=True)
-        for name in _COMPARED
-        if new[name] != old[name]
-    ]
 
 
 def baseline_path(version: str = triton.__version__) -> Path:

@@ -162,7 +162,11 @@ class Drawing:
             scaling=self.random.choice(_SCALINGS),
         )
         seed = self.random.randrange(2**16)
-        return replace(draw.of_any_path(), case=self._sized(changed, case), seed=seed)
+        return replace(
+            draw.of_any_path(),
+            case=self._sized(self.kernels[draw.kernel], changed, case),
+            seed=seed,
+        )
 
     def beyond(self) -> Draw | None:
         """A launch whose weight or input has more than 2^31 elements; None if it would not fit."""
@@ -237,17 +241,19 @@ class Drawing:
             changes["lora_dtype"] = pick(("same", "same", "float32"))
         else:
             changes[name] = pick({"scaling": _SCALINGS, "values": VALUES}.get(name, LAYOUTS))
-        return self._sized(replace(case, **_offered(spec, changes)), case)
+        return self._sized(spec, replace(case, **_offered(spec, changes)), case)
 
-    def _sized(self, case: Case, otherwise: Case) -> Case:
-        """Within the limits, and with a routing that can be drawn."""
+    def _sized(self, spec: KernelSpec, case: Case, otherwise: Case) -> Case:
+        """Within the limits, with a routing that can be drawn, and what the kernel is defined for;
+        the other case where there is no such one.
+        """
         if not possible(case):
             case = replace(case, top_k=min(case.top_k, case.experts))
         while case.tokens > 1 and not self.limits.allow(case, 4):
             case = replace(case, tokens=case.tokens // 2)
         while case.experts > case.top_k and not self.limits.allow(case, 4):
             case = replace(case, experts=max(case.experts // 2, case.top_k))
-        return case if self.limits.allow(case, 4) else otherwise
+        return case if self.limits.allow(case, 4) and spec.admits(case) else otherwise
 
     def _routing(self, *, drops: bool | None = None) -> RoutingKind:
         kinds = _KINDS

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 
+import torch
+
 from .cases import Case
 from .inputs import Inputs
 from .spec import KernelSpec
@@ -40,7 +42,7 @@ def sized(
     n_out: int,
     rank: int,
 ) -> Case:
-    """The first case of a kernel at other sizes."""
+    """The first case of a kernel at other sizes; one that has no rank is given some."""
     return replace(
         spec.cases[0],
         name="sized",
@@ -49,8 +51,20 @@ def sized(
         top_k=top_k,
         k_in=k_in,
         n_out=n_out,
-        rank=rank,
+        rank=max(rank, 1),
     )
+
+
+def dtype_of(spec: KernelSpec) -> torch.dtype:
+    """What a kernel is timed and compiled in: bf16 where it takes that."""
+    return torch.bfloat16 if torch.bfloat16 in spec.dtypes else spec.dtypes[0]
+
+
+def inputs_of(
+    spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+) -> Inputs:
+    """Inputs of a kernel in the first of its modes."""
+    return spec.inputs(case, dtype, spec.modes[0], device, seed=seed)
 
 
 def prepared(spec: KernelSpec, lib: ModuleType, inputs: Inputs) -> Inputs:

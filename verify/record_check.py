@@ -136,6 +136,8 @@ def _verdict(file: Path, sources: Sources, *, release: bool, now: datetime) -> V
                 options = _narrowing(record["selection"])
             if command == "gate-planted":
                 options = (*options, "--plant", f"{record['plant']:g}")
+            if command == "mutants" and not release:
+                options = _trying(record)
         except ValueError as error:
             state, reason = "malformed", str(error)
     fault = state != GOOD and (required or release or state == "malformed")
@@ -158,10 +160,18 @@ def _narrowing(selection: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
+def _trying(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that try the mutants of a record where they were tried."""
+    generated = any(not item.get("by_hand") for item in record.get("mutants", ()))
+    words = ("--full",) if generated else ("--per-kernel", "0")
+    return (*words, "--device", "cpu") if record["environment"].get("interpreted") else words
+
+
 def refresh_command(command: str, file: Path, options: Sequence[str]) -> str:
     """The command line that makes a record anew."""
     path = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-    device = () if command in _WITHOUT_DEVICE else ("--device", "cuda")
+    stated = command in _WITHOUT_DEVICE or "--device" in options
+    device = () if stated else ("--device", "cuda")
     name = _COMMANDS.get(command, command)
     words = ("python -m verify", name, *options, *device)
     return " ".join((*words, "--json", str(path)))

@@ -102,6 +102,9 @@ class KernelSpec:
     prepare: (lib, inputs) -> what `run` finds in inputs.prepared; built once per case, since it is
     a kernel of
     its own with its own entry. None where run builds everything.
+    admits: whether the kernel is defined for a case that is not listed.
+    timed_at: the projection, gate_up or down, whose sizes it is timed at. ranked: whether it is
+    timed at every rank that is asked for, since its work depends on it.
     """
 
     name: str
@@ -122,6 +125,9 @@ class KernelSpec:
     bad_inputs: tuple[BadInput, ...] = ()
     thrift: int = 1
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    admits: Callable[[Case], bool] = lambda case: True
+    timed_at: str = "gate_up"
+    ranked: bool = False
 
     def runs(self, case: Case) -> tuple[tuple[torch.dtype, str], ...]:
         """Every (dtype, mode) in which a case is worth running.

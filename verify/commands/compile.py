@@ -92,12 +92,14 @@ def main(arguments: argparse.Namespace) -> int:
     baselines = _baselines(arguments, parts)
     missing = [baseline.path for baseline in baselines.values() if not baseline.values]
     if missing and not arguments.accept:
-        raise SystemExit(f"there is no baseline {missing[0]}: {_ACCEPT} writes it")
-    outcomes = _resumed(arguments.resume, head)
+        raise SystemExit(
+            f"there is no baseline {missing[0]} for this Triton: --no-baseline does without one, "
+            f"{_ACCEPT} writes it"
+        )
+    outcomes = _resumed(arguments.resume, head, wanted, baselines.get("kernels"), arguments)
 
     def write(*, complete: bool) -> dict[str, Any]:
-        keys = {job.key for job in wanted}
-        found = [item for key, item in outcomes.items() if key in keys or "footprint" in item]
+        found = list(outcomes.values())
         record = _record(head, found, seconds=time.monotonic() - start, complete=complete)
         for target in {arguments.json, arguments.resume} - {None}:
             write_json(target, record)
@@ -150,7 +152,10 @@ def _wanted(arguments: argparse.Namespace, numbers: Iterable[int]) -> list[Any]:
         if not arguments.operations or job.operation in arguments.operations
     ]
     if not wanted:
-        raise SystemExit(f"--operations: {', '.join(arguments.operations)} selects nothing")
+        names = dict.fromkeys(job.operation for job in jobs(numbers, full=True))
+        raise SystemExit(
+            f"--operations: {', '.join(arguments.operations)} is none of {', '.join(names)}"
+        )
     return wanted
 
 
@@ -187,16 +192,28 @@ def _head(schema: int, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resumed(path: Path | None, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a record found right of these sources, compiled by this Triton."""
+def _resumed(
+    path: Path | None,
+    head: Mapping[str, Any],
+    wanted: Iterable[Any],
+    baseline: Baseline | None,
+    arguments: argparse.Namespace,
+) -> dict[str, dict[str, Any]]:
+    """What a record found right of these sources, compiled by this Triton, and what is said of it
+    now: baselines and limits may be others.
+    """
     if path is None or not path.is_file():
         return {}
     record = json.loads(path.read_text())
     before, now = record["environment"].get("triton"), head["environment"].get("triton")
     if record["fingerprint"] != head["fingerprint"] or before != now:
         return {}
-    items = record["outcomes"]
-    return {i["job"]: i for i in items if i["status"] == "passed" and "footprint" not in i}
+    right = {item["job"]: item for item in record["outcomes"] if item["status"] == "passed"}
+    return {
+        job.key: _judged(job, right[job.key]["kernels"], [], baseline, arguments)
+        for job in wanted
+        if job.key in right
+    }
 
 
 def _compile(
@@ -224,13 +241,7 @@ def _compile(
         waiting = {executor.submit(_one, job): job for job in open_jobs}
         for done in as_completed(waiting):
             job = waiting[done]
-            outcomes[job.key] = _outcome(
-                job,
-                done,
-                baseline,
-                accept=arguments.accept,
-                beyond=arguments.full and not arguments.baseline,
-            )
+            outcomes[job.key] = _outcome(job, done, baseline, arguments)
             progress.advance(task)
             if time.monotonic() - written > _INTERVAL:
                 write(complete=False)
@@ -241,7 +252,8 @@ def _one(job: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """In a worker: the kernels of a job, and what is demanded of them in vain."""
     import warnings
 
-    from ..compile_check import compile_job, demands
+    from ..compile_check import compile_job
+    from ..compile_demands import demands
 
     warnings.simplefilter("ignore")
     found = compile_job(job)
@@ -276,20 +288,24 @@ def _count(number: int) -> list[dict[str, Any]]:
 
     warnings.simplefilter("ignore")
     lib, architecture = importlib.import_module(PACKAGE), ARCHITECTURES[number]
-    return [
-        {
-            "job": key_of(architecture, case),
-            "architecture": number,
-            "operation": case.kind,
-            "footprint": footprint_of(lib, case, architecture).as_json(),
-        }
-        for case in cases()
-    ]
+    answers = []
+    for case in cases():
+        head = {"job": key_of(architecture, case), "architecture": number, "operation": case.kind}
+        found: dict[str, Any]
+        try:
+            found = {"footprint": footprint_of(lib, case, architecture).as_json()}
+        except Exception as error:  # noqa: BLE001 - becomes an outcome
+            found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
+        answers.append({**head, **found})
+    return answers
 
 
 def _compared(answer: dict[str, Any], baseline: Baseline | None, *, accept: bool) -> dict[str, Any]:
     from ..footprint import differences
 
+    if "error" in answer:
+        reason = answer.pop("error")
+        return {**answer, "status": "error", "reason": reason, "kernels": []}
     problems = []
     if baseline is not None and baseline.values and not accept:
         base = baseline.values.get(answer["job"])
@@ -300,26 +316,42 @@ def _compared(answer: dict[str, Any], baseline: Baseline | None, *, accept: bool
     return {**answer, "status": status, "reason": "; ".join(problems), "kernels": []}
 
 
-def _outcome(
-    job: Any, done: Any, baseline: Baseline | None, *, accept: bool, beyond: bool
-) -> dict[str, Any]:
-    """beyond: what is not in the baseline is held to the demands alone."""
-    from ..compile_check import differences
+def _head_of(job: Any) -> dict[str, Any]:
+    return {"job": job.key, "architecture": job.architecture, "operation": job.operation}
 
-    head = {"job": job.key, "architecture": job.architecture, "operation": job.operation}
+
+def _outcome(
+    job: Any, done: Any, baseline: Baseline | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
     error = done.exception()
     if error is not None:
         words = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        return {**head, "status": "error", "reason": words, "kernels": []}
+        return {**_head_of(job), "status": "error", "reason": words, "kernels": []}
     kernels, problems = done.result()
-    known = {} if baseline is None or accept else baseline.values
+    return _judged(job, kernels, problems, baseline, arguments)
+
+
+def _judged(
+    job: Any,
+    kernels: list[dict[str, Any]],
+    problems: list[str],
+    baseline: Baseline | None,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """The outcome of a job that compiled; what --full adds to the baseline is held to the demands
+    alone. problems: of other demands than those on resources.
+    """
+    from ..compile_demands import differences, over_limits
+
+    known = {} if baseline is None or arguments.accept else baseline.values
     base = known.get(job.key)
+    found = [*problems, *over_limits(job, kernels)]
     if base is not None:
-        problems = [*problems, *differences(job, kernels, base)]
-    elif known and not beyond:
-        problems = [*problems, f"{job.key}: is not in the baseline"]
-    status = "failed" if problems else "passed"
-    return {**head, "status": status, "reason": "; ".join(problems), "kernels": kernels}
+        found += differences(job, kernels, base)
+    elif known and (arguments.baseline or not arguments.full):
+        found.append(f"{job.key}: is not in the baseline")
+    status = "failed" if found else "passed"
+    return {**_head_of(job), "status": status, "reason": "; ".join(found), "kernels": kernels}
 
 
 def _record(

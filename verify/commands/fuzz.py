@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     place.add_argument("--resume", type=Path, metavar="DIR", help="go on with the campaign there")
     parser.add_argument(
-        "--tree", type=Path, metavar="DIR", help="directory of another copy of the package to run"
+        "--tree",
+        type=Path,
+        metavar="DIR",
+        help="another copy of the package to run: the directory that holds its ops",
     )
     parser.add_argument("--workers", type=count, help="processes per GPU (4), or on the CPU (1)")
     parser.add_argument(
@@ -84,11 +87,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     check_names("kernels", arguments.kernels, (spec.name for spec in KERNELS))
     directory, settings = _settings(arguments, device)
+    tree = Path(settings.tree) if settings.tree else source_directory()
+    if absent := [spec.source for spec in KERNELS if not (tree / spec.source).is_file()]:
+        raise SystemExit(f"--tree: {tree} holds no {absent[0]}, so it is no copy of the package")
     if arguments.sanitize:
         _sanitizer(settings, device)
     campaign = Campaign(directory, settings, {spec.name: spec for spec in KERNELS})
     write_json(directory / "campaign.json", asdict(settings))
-    tree = Path(settings.tree) if settings.tree else source_directory()
     names = set(settings.kernels) or {spec.name for spec in KERNELS}
     fingerprint = fingerprints(tree, (spec for spec in KERNELS if spec.name in names))
     seconds = arguments.seconds or 60 * (arguments.minutes or 0) or _FOREVER

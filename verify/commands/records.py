@@ -40,15 +40,16 @@ def main(arguments: argparse.Namespace) -> int:
     sources = Sources.of(package(), KERNELS)
     verdicts = inspect(arguments.directory, sources, release=arguments.release)
     table = Table(title="records", title_justify="left")
-    for column in ("record", "state", "age", "command that refreshes it"):
+    for column in ("record", "state", "age"):
         table.add_column(column, overflow="fold")
     for item in verdicts:
         style = "bold red" if item.fault else "green" if item.state == GOOD else "yellow"
-        table.add_row(
-            Text(item.record), Text(item.state, style=style), item.age, Text(item.refresh)
-        )
+        table.add_row(Text(item.record), Text(item.state, style=style), item.age)
     console = Console()
     console.print(table)
+    console.print("commands that refresh them:")
+    for item in verdicts:
+        console.print(Text(f"  {item.refresh}"), soft_wrap=True)
     for item in verdicts:
         if item.reason:
             style = "red" if item.fault else "dim"

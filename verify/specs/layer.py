@@ -32,8 +32,13 @@ _STEP = 2.0**-12
 """Relative step of the derivatives of the truth, which is computed in fp64."""
 
 
+def _admits(case: Case) -> bool:
+    """gate_up has two columns for each of the activation."""
+    return case.n_out % 2 == 0
+
+
 def _cases() -> tuple[Case, ...]:
-    small = [case for case in CASES if "model" not in case.tags and case.n_out % 2 == 0]
+    small = [case for case in CASES if "model" not in case.tags and _admits(case)]
     return tuple(
         replace(case, source="TOKEN", target="SLOT", gradient="TOKEN", gated=True)
         for case in small
@@ -209,6 +214,7 @@ EXPERTS_MLP = KernelSpec(
     prepare=routing,
     inputs=_inputs,
     cases=_cases(),
+    admits=_admits,
     plans=only_default,
     cost=_cost,
     modes=("balanced",),

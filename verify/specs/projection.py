@@ -37,10 +37,14 @@ from .common import (
 )
 
 
-def _cases() -> tuple[Case, ...]:
+def _admits(case: Case) -> bool:
     """Gates sum over the choices of a token: the target is SLOT and the gradient comes per
-    token.
+    token. Without them it comes in the order of the target.
     """
+    return (case.target, case.gradient) == ("SLOT", "TOKEN") if case.gated else not case.gradient
+
+
+def _cases() -> tuple[Case, ...]:
     small = [case for case in CASES if "model" not in case.tags]
     gated = [replace(case, target="SLOT", gradient="TOKEN") for case in small if case.gated]
     return tuple([replace(case, gradient="") for case in small if not case.gated] + gated)
@@ -224,6 +228,7 @@ EXPERT_LINEAR = KernelSpec(
     reference=_reference,
     prepare=routing,
     cases=_cases(),
+    admits=_admits,
     plans=only_default,
     cost=_cost,
     modes=("balanced", "exact"),

@@ -169,4 +169,5 @@ COMBINE_GRAD = KernelSpec(
     modes=("balanced", "exact"),
     source="ops/rows.py",
     ops=("combine_grad",),
+    timed_at="down",
 )
