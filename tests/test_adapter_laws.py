@@ -481,3 +481,14 @@ def test_no_names_for_a_mixed_batch_are_the_active_adapters():
     gates = torch.ones(3, 2)
     got = outermost(x, index, gates, adapter_names=None)
     assert torch.equal(got, outermost(x, index, gates))
+
+
+def test_an_adapter_of_modules_alone_covers_no_experts():
+    model = get_peft_model(model_of(), LoraConfig(r=2, target_modules=["q_proj"]))
+    rows = adapters.coverage(model).rows
+    assert rows
+    assert not any(row.adapters for row in rows)
+    both = get_peft_model(model_of(), LoraConfig(r=2, target_modules=["q_proj"]))
+    targets = adapters.expert_parameters(both)
+    both.add_adapter("mine", LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    assert all(row.adapters for row in adapters.attach(both).rows)

@@ -49,3 +49,18 @@ def test_blocks_of_a_mapped_weight_are_its_experts(layout, device):
         projected(x, blocks, routing, lora), projected(x, whole, routing, lora), strict=True
     ):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_blocks_start_where_a_tensor_map_can(offset):
+    """Storage that does not is copied, as decoded blocks are."""
+    elements = EXPERTS * K * N
+    stored = torch.arange(offset + elements).float()[offset:].view(EXPERTS, N, K)
+    blocks = StoredWeight(
+        stored=Dense(data=stored), transposed=True, budget_bytes=_AT_ONCE * stored[0].nbytes
+    )
+    found = []
+    for _, block in blocks.blocks(torch.float32):
+        assert block.data_ptr() % 16 == 0
+        found.append(block.clone())
+    assert torch.equal(torch.cat(found), stored.mT)

@@ -182,6 +182,22 @@ def test_padded_counts_change_no_gradient(p, block_m, dy_grouped):
     assert all(torch.equal(one, other) for one, other in zip(plain, got, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_padded_ids_are_of_the_dtype_of_the_ids(p, dtype):
+    ids, *_ = compat.round_expert_counts(p.ids.to(dtype), p.slots, p.offsets, EXPERTS, 4)
+    assert ids.dtype == dtype
+
+
+def test_rows_after_the_last_padded_one_change_no_gradient(p):
+    """Buffers may be longer than what the padded counts fill."""
+    _, slots, offsets, real = compat.round_expert_counts(p.ids, p.slots, p.offsets, EXPERTS, 4)
+    longer = torch.cat([slots, slots[:3]])
+    facts = (EXPERTS, TOP_K, 2.0, real)
+    want = compat.group_bwd_lora_fused(p.dy, p.x, p.a, p.b, offsets, slots, *facts)
+    got = compat.group_bwd_lora_fused(p.dy, p.x, p.a, p.b, offsets, longer, *facts)
+    assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+
+
 def test_padding_is_to_128_rows_unless_stated(p):
     assert compat.round_expert_counts(*p.triple, EXPERTS)[2].tolist() == [128, 256, 256, 384]
 

@@ -34,6 +34,12 @@ def test_flat_factors_are_expert_major():
     assert (lora.experts, lora.rank, lora.scaling) == (EXPERTS, RANK, 0.5)
 
 
+def test_a_single_expert_has_flat_factors_too():
+    a, b = numbers(RANK, K), numbers(N, RANK)
+    lora = sm.LoRAWeights.from_flat(a, b, experts=1, scaling=2.0)
+    assert torch.equal(delta(lora), 2.0 * (b @ a).mT[None])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_factors_of_peft_give_pefts_delta(swapped, transposed):

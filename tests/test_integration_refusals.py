@@ -151,6 +151,20 @@ def test_loading_refuses_settings_before_it_loads(settings, error, words):
         loading.load_model("name", model_class=Model, **settings)
 
 
+@pytest.mark.parametrize("given", ["quantization", "quantization_config", None])
+def test_a_quantisation_may_be_given_under_either_name_or_none(given):
+    config, seen = BitsAndBytesConfig(load_in_4bit=True), {}
+
+    class Model:
+        @staticmethod
+        def from_pretrained(name, **settings):
+            seen.update(settings)
+            return hf_models.tiny_model("qwen3_moe")
+
+    loading.load_model("name", model_class=Model, **({given: config} if given else {}))
+    assert seen.get("quantization_config") is (config if given else None)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

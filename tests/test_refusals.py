@@ -7,6 +7,7 @@ import torch
 
 import scattermoe_lora as sm
 from scattermoe_lora import ops
+from scattermoe_lora._launch import Launch
 from scattermoe_lora.plan import PATHS
 from scattermoe_lora.quant import Dense, DequantizePlan, Int8RowWise
 
@@ -379,11 +380,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
-def test_each_operand_is_refused_by_name_and_with_both_facts(good, function):
+def test_each_operand_is_refused_by_name_and_with_both_facts(good, function, monkeypatch):
+    """Before anything is launched."""
+    launched = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *facts: launched.append(self))
     for name, change, error, words in REFUSED[function]:
         with pytest.raises(error) as raised:
             function({**good, name: change(good[name])})
         assert words in str(raised.value), name
+        assert not launched, name
 
 
 def made(kind, **wrong):
