@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,17 @@ def replaced(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+@contextmanager
+def changed(file: Path, old: str, new: str) -> Iterator[None]:
+    """Within it, the file has the one text in place of the other."""
+    whole = file.read_text()
+    try:
+        replaced(file, old, new)
+        yield
+    finally:
+        file.write_text(whole)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     """A copy of the tree in which the first four steps were taken."""
@@ -255,16 +268,12 @@ def test_it_is_compiled_ahead_and_timed(tree):
 
 def test_it_is_not_timed_where_it_is_wrong(tree):
     file = tree / "scattermoe_lora" / "ops" / "square.py"
-    whole = file.read_text()
-    try:
-        replaced(file, "value * value", "value * value * 1.02")
+    with changed(file, "value * value", "value * value * 1.02"):
         ran = run(
             tree,
             "python -m verify bench --device cpu --models tiny --kinds kernel --names *.square.* "
             "--no-peers --quick --json wrong.json",
         )
-    finally:
-        file.write_text(whole)
     record = json.loads((tree / "wrong.json").read_text())
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert record["benchmarks"] == []
@@ -273,9 +282,7 @@ def test_it_is_not_timed_where_it_is_wrong(tree):
 
 def test_a_kernel_of_one_dtype_is_compiled_and_timed_in_it(tree):
     spec = tree / "verify" / "specs" / "square.py"
-    whole = spec.read_text()
-    try:
-        replaced(spec, '    source="ops', '    dtypes=(torch.float32,),\n    source="ops')
+    with changed(spec, '    source="ops', '    dtypes=(torch.float32,),\n    source="ops'):
         words = "--device cpu --models tiny --names *.square.* --dtypes float32"
         timed = run(tree, f"python -m verify bench {words} --no-peers --quick --json float32.json")
         counted = run(
@@ -283,8 +290,6 @@ def test_a_kernel_of_one_dtype_is_compiled_and_timed_in_it(tree):
             "python -m verify compile --arch 80 --parts footprint --jobs 1 --json counted.json",
             TRITON_INTERPRET="0",
         )
-    finally:
-        spec.write_text(whole)
     assert timed.returncode == 0, timed.stdout + timed.stderr
     (entry,) = json.loads((tree / "float32.json").read_text())["benchmarks"]
     assert entry["name"] == "kernel.square.tiny.t24.balanced.float32"
@@ -297,12 +302,8 @@ def test_a_kernel_of_one_dtype_is_compiled_and_timed_in_it(tree):
 @pytest.mark.correctness
 def test_a_step_that_is_left_out_is_told(tree):
     file = tree / "verify" / "specs" / "__init__.py"
-    whole = file.read_text()
-    try:
-        replaced(file, "    SQUARE,\n", "")
+    with changed(file, "    SQUARE,\n", ""):
         words = "-n 0 -q -p no:cacheprovider"
         ran = run(tree, f"pytest -m correctness tests/test_architecture.py {words} -k has_a_spec")
-    finally:
-        file.write_text(whole)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "'square'" in ran.stdout

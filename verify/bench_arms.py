@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bench_cases import PROJECTIONS, BenchCase
 from .bench_inputs import BLOCK, OUTER_BLOCK, SCALING, Drawn, problem_of
-from .entries import BY_ENTRY, prepared
+from .entries import BY_ENTRY, plan_of, prepared
 
 CHUNK_BYTES = 3 * 2**26
 """Transient dense weights of the chunked QLoRA layer: 192 MiB, or one expert where that is more."""
@@ -255,7 +255,7 @@ def _by_entry(lib: ModuleType, case: BenchCase, drawn: Drawn) -> Arm:
     assert drawn.inputs is not None, "a kernel that is timed by its entry has inputs"
     spec = BY_ENTRY[case.what]
     inputs = prepared(spec, lib, drawn.inputs)
-    plan = spec.plans(lib, inputs)[0].plan
+    plan = plan_of(spec, lib, inputs)
 
     def run() -> Mapping[str, Tensor]:
         return spec.run(lib, inputs, plan)

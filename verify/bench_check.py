@@ -19,7 +19,7 @@ from .bench_arms import LAYER_LEAVES, Arm, leaf, orders
 from .bench_cases import BenchCase
 from .bench_inputs import SCALING, Drawn, decoded
 from .compare import compare
-from .entries import BY_ENTRY, prepared
+from .entries import BY_ENTRY, plan_of, prepared
 from .expected import Expected
 from .numerics import accumulation_epsilon
 from .references import GatedActivation, Groups
@@ -98,7 +98,7 @@ def _entry_judge(case: BenchCase, drawn: Drawn) -> EntryJudge:
     assert drawn.inputs is not None, "a kernel that is timed by its entry has inputs"
     lib, spec = importlib.import_module("scattermoe_lora"), BY_ENTRY[case.what]
     inputs = prepared(spec, lib, drawn.inputs)
-    how = spec.arithmetic(lib, inputs, spec.plans(lib, inputs)[0].plan)
+    how = spec.arithmetic(lib, inputs, plan_of(spec, lib, inputs))
     with torch.enable_grad():
         expected = spec.reference(inputs, how)
     return EntryJudge(truth={}, errors={}, expected=expected)

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .ahead import ARCHITECTURES, Architecture, Compiled, compiling, redirected
-from .entries import BY_ENTRY, dtype_of, inputs_of, prepared, sized
+from .entries import BY_ENTRY, dtype_of, inputs_of, plan_of, prepared, sized
 from .stated import shipped_table, stated
 
 PACKAGE = "scattermoe_lora"
@@ -306,7 +306,7 @@ def _call_entry(lib: ModuleType, job: Job, architecture: Architecture) -> None:
     with stated(lib, architecture):
         with redirected(lib, lambda *launch: None):
             inputs = prepared(spec, lib, inputs)
-        spec.run(lib, inputs, spec.plans(lib, inputs)[0].plan)
+        spec.run(lib, inputs, plan_of(spec, lib, inputs))
 
 
 def _sorted(lib: ModuleType, shape: Shape) -> None:

@@ -5,6 +5,7 @@ sizes are asked for.
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -70,3 +71,8 @@ def inputs_of(
 def prepared(spec: KernelSpec, lib: ModuleType, inputs: Inputs) -> Inputs:
     """The inputs with what the kernel is given besides."""
     return inputs if spec.prepare is None else replace(inputs, prepared=spec.prepare(lib, inputs))
+
+
+def plan_of(spec: KernelSpec, lib: ModuleType, inputs: Inputs) -> Any:
+    """The plan that a kernel is timed and compiled with: the first that it offers."""
+    return spec.plans(lib, inputs)[0].plan
