@@ -31,7 +31,7 @@ from verify.cli import main
 from verify.floors import Ceilings, floor_ms
 from verify.numerics import truncated_to_tf32
 from verify.references import Groups
-from verify.timing import Effort, Timing, clock_of
+from verify.timing import Effort, HostClock, Timing, clock_of
 
 pytestmark = pytest.mark.correctness
 
@@ -164,6 +164,11 @@ def test_fp32_may_be_summed_in_any_order_but_not_in_tf32():
     cut = [truncated_to_tf32(value.double()) for value in (x, weight)]
     in_tf32 = torch.einsum("rk,rkn->rn", *cut).float()
     assert judge.problem_of({"base": in_tf32}).startswith("base errs")
+    of_tf32 = Judge.of(dataclasses.replace(case, dtype="tf32"), drawn)
+    assert of_tf32.problem_of({"base": in_tf32}) == ""
+    assert of_tf32.problem_of({"base": in_tf32 * 1.005}).startswith("base errs")
+    in_bf16 = torch.einsum("rk,rkn->rn", *(value.bfloat16().double() for value in (x, weight)))
+    assert of_tf32.problem_of({"base": in_bf16.float()}).startswith("base errs")
 
 
 @pytest.mark.hf
@@ -237,6 +242,26 @@ def test_an_entry_holds_what_records_promise(bench_of_dequant):
     assert entry.as_json()["copy_share"] == pytest.approx(entry.floor_ms / entry.ms, abs=1e-4)
     assert json.loads(json.dumps(entry.as_json())) == entry.as_json()
     assert entry.ms > 0
+
+
+@pytest.mark.parametrize(("dtype", "setting"), [("tf32", "high"), ("float32", "highest")])
+def test_fp32_is_multiplied_as_the_case_says_and_as_before_afterwards(dtype, setting, device):
+    """An arm asks torch for its setting at every call, so that is what must hold then."""
+    settings = []
+
+    class Watching(HostClock):
+        def once(self, call):
+            settings.append(torch.get_float32_matmul_precision())
+            return super().once(call)
+
+    before = torch.get_float32_matmul_precision()
+    made = Bench(lib=scattermoe_lora, device=device, clock=Watching(), effort=FAST, peers=())
+    case = dataclasses.replace(DEQUANT, dtype=dtype)
+    (entry,) = made.ready([dtype]).run([case])
+    assert isinstance(entry, Entry), entry
+    assert set(settings) == {setting}
+    assert torch.get_float32_matmul_precision() == before
+    assert case.torch_dtype is torch.float32
 
 
 def test_what_decoding_takes_stands_beside_what_it_may(bench_of_dequant, device, monkeypatch):

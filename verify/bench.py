@@ -13,12 +13,12 @@ import torch
 
 from . import bench_plans, peer_figures
 from .bench_arms import Arm, arm_of, budget_of, decoding_of
-from .bench_cases import BenchCase
+from .bench_cases import BenchCase, multiplied_as, stored_as
 from .bench_check import Judge
 from .bench_inputs import Drawn, draw
 from .floors import Ceilings, ceilings, floor_ms, work_of
 from .peers import PEERS, arms_beside
-from .timing import Clock, Effort, Timing, launches, measure, peak_bytes, replay_of
+from .timing import Clock, Effort, Timing, launches, measure, peak_bytes, replay_of, wall_ms
 
 OURS, BASE = "ours", "base product alone"
 NORMAL = Effort()
@@ -109,7 +109,10 @@ class Bench:
 
     def ready(self, dtypes: Iterable[str]) -> "Bench":
         """With the ceilings of the device for these dtypes."""
-        peaks = {name: ceilings(self.device, getattr(torch, name)) for name in set(dtypes)}
+        peaks = {}
+        for name in set(dtypes):
+            with multiplied_as(name):
+                peaks[name] = ceilings(self.device, stored_as(name))
         return replace(self, peaks={**self.peaks, **peaks})
 
     def run(self, cases: Iterable[BenchCase]) -> Iterator[Entry | Failure]:
@@ -120,7 +123,9 @@ class Bench:
                 if drawn is None or drawn.case != case.inputs_key:
                     drawn = None
                     drawn = draw(case, self.device, seed=self.seed)
-                yield self._one(case, drawn)
+                with multiplied_as(case.dtype):
+                    found = self._one(case, drawn)
+                yield found
             except _WrongError as error:
                 yield Failure(case=case, status="failed", reason=str(error))
             except Exception as error:  # noqa: BLE001 - becomes a result
@@ -155,6 +160,7 @@ class Bench:
             "samples": len(ours.samples),
             "quartiles": [round(value, 6) for value in ours.quartiles],
             "host_ms": round(ours.host_ms, 6),
+            **self._one_thread(case, arm, ours),
             **_rates(case, ours, floor),
             "controls": {name: round(timings[name].median, 6) for name in controls},
             "peer_wall_ms": {name: round(timings[name].wall_ms, 6) for name in arms},
@@ -208,6 +214,16 @@ class Bench:
             return []
         gpu = torch.cuda.get_device_name(self.device)
         return peer_figures.too_slow(gpu, case.name, measured)
+
+    def _one_thread(self, case: BenchCase, arm: Arm, ours: Timing) -> dict[str, Any]:
+        """The wall time of a step whose backward runs in the calling thread: autograd has a thread
+        per GPU, and waking it costs once per backward, not once per layer.
+        """
+        if case.what != "step" or self.device.type != "cuda":
+            return {}
+        with torch.autograd.set_multithreading_enabled(False):
+            found = wall_ms(self.clock, arm.call, self.effort.calls(ours.median))
+        return {"one_thread_wall_ms": round(found, 6)}
 
     def _graph(self, case: BenchCase, arm: Arm) -> dict[str, Any]:
         if not self.graphs or self.device.type != "cuda" or (case.kind, case.what) != _GRAPHED:

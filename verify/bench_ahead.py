@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .bench_arms import arm_of
-from .bench_cases import BenchCase
+from .bench_cases import BenchCase, multiplied_as
 from .bench_inputs import draw
 from .children import pool
 from .revision import load
@@ -69,7 +69,8 @@ def run_once(cases: tuple[BenchCase, ...], device: str, tree: Path | None = None
             if drawn is None or drawn.case != case.inputs_key:
                 drawn = None
                 drawn = draw(case, target)
-            arm_of(lib, case, drawn).results()
+            with multiplied_as(case.dtype):
+                arm_of(lib, case, drawn).results()
         except Exception:  # noqa: BLE001 - reported when it is timed
             continue
         ran += 1

@@ -8,7 +8,8 @@ name there.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,9 @@ _LARGEST = 2**29
 """Elements of a stack of experts for which a kernel is timed by its entry: the fp64 truth of a
 larger one does not fit on a GPU beside it.
 """
+
+DTYPES: tuple[str, ...] = ("bfloat16", "float16", "float32", "tf32")
+"""tf32: float32, multiplied as tf32."""
 
 ROUTINGS: tuple[str, ...] = ("balanced", "zipf", "half")
 """balanced: uniform choices; zipf: probability ~ 1 / rank of the expert; half: one expert gets
@@ -180,7 +184,7 @@ class BenchCase:
     @property
     def torch_dtype(self) -> torch.dtype:
         """Storage type of activations, weights and adapters."""
-        return getattr(torch, self.dtype)
+        return stored_as(self.dtype)
 
     @property
     def rows(self) -> int:
@@ -197,6 +201,22 @@ class BenchCase:
         if self.kind == "layer":
             return replace(self, what="step")
         return replace(self, what=WHATS[self.kind][0]) if self.kind == "qlora-layer" else self
+
+
+def stored_as(dtype: str) -> torch.dtype:
+    """The storage type that one of DTYPES means."""
+    return torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+
+
+@contextmanager
+def multiplied_as(dtype: str) -> Iterator[None]:
+    """Within it fp32 operands are multiplied as one of DTYPES says: as tf32, or exactly."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def choices(case: BenchCase, seed: int) -> Tensor:
@@ -261,7 +281,7 @@ def _cases_of(
                 yield replace(base, projection="down")
     for what, spec in BY_ENTRY.items():
         stack = shape.experts * math.prod(shape.widths(spec.timed_at))
-        if getattr(torch, dtype) in spec.dtypes and stack <= _LARGEST:
+        if dtype != "tf32" and stored_as(dtype) in spec.dtypes and stack <= _LARGEST:
             yield BenchCase(
                 kind="kernel",
                 what=what,
@@ -315,7 +335,7 @@ def targets(models: Iterable[str] = BUILT_IN) -> tuple[BenchCase, ...]:
         found += [
             BenchCase(kind="layer", what="step", shape=shape, rank=rank) for shape in shapes[:1]
         ]
-    for dtype in ("float16", "float32"):
+    for dtype in DTYPES[1:]:
         found += [
             BenchCase(kind="layer", what="step", shape=shape, dtype=dtype) for shape in shapes[:1]
         ]

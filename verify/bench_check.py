@@ -2,14 +2,17 @@
 
 The truth is the reference in fp64; the yardstick is plain torch, expert by expert, in the dtype of
 the case. A result may err at most twice as much as plain torch, by norm, besides what one fp32 sum
-over the longest dimension may: libraries sum in parts where K is long, kernels need not. What only
-moves or decodes must be equal. A peer may err `PEER` times as much: peers round more often, W + BA
-for one. A kernel that is timed by its entry is judged as the entry says.
+over the longest dimension may: libraries sum in parts where K is long, kernels need not. In tf32
+plain torch is given operands whose low bits are cut off, as Triton leaves it to the tensor cores;
+cuBLAS rounds them. What only moves or decodes must be equal. A peer may err `PEER` times as much:
+peers round more often, W + BA for one. A kernel that is timed by its entry is judged as the entry
+says.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ from .bench_inputs import SCALING, Drawn, decoded
 from .compare import compare
 from .entries import BY_ENTRY, plan_of, prepared
 from .expected import Expected
-from .numerics import accumulation_epsilon
+from .numerics import accumulation_epsilon, truncated_to_tf32
 from .references import GatedActivation, Groups
 
 OURS, PEER = 2.0, 6.0
@@ -54,7 +57,7 @@ class Judge:
         truth = results(_reference)
         if case.kind == "kernel" and case.what in ("sort", "group"):
             return cls(truth=truth, errors={})
-        plain = results(_plain)
+        plain = results(partial(_plain, read=_as_tf32) if case.dtype == "tf32" else _plain)
         errors = {name: distance(plain[name], value) for name, value in truth.items()}
         shape = case.shape
         longest = max(shape.hidden, 2 * shape.intermediate, *groups.counts.tolist())
@@ -132,19 +135,25 @@ def _plain(
     target: str,
     scaling: float,
     parts: tuple[str, ...] = ("base", "lora"),
+    read: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
-    """`references.expert_linear` in the dtype of the operands."""
+    """`references.expert_linear` in the dtype of the operands. read: how a product reads them."""
     rows, outputs = groups.places(source), []
     for expert, slice_ in enumerate(groups.slices):
-        mine = tensors["x"][rows[slice_]]
+        mine = read(tensors["x"][rows[slice_]])
         y = mine.new_zeros((mine.shape[0], tensors["weight"].shape[2]))
         if "base" in parts:
-            y = mine @ tensors["weight"][expert]
+            y = mine @ read(tensors["weight"][expert])
         if "lora" in parts and "lora_a" in tensors:
-            low = mine @ tensors["lora_a"][expert].mT * scaling
-            y = y + low @ tensors["lora_b"][expert].mT
+            low = mine @ read(tensors["lora_a"][expert].mT) * scaling
+            y = y + read(low) @ read(tensors["lora_b"][expert].mT)
         outputs.append(y)
     return groups.spread(torch.cat(outputs), target)
+
+
+def _as_tf32(value: Tensor) -> Tensor:
+    """What a tensor core makes of an fp32 operand; gradients pass."""
+    return value + (truncated_to_tf32(value.detach()).float() - value.detach())
 
 
 def _results_of(case: BenchCase, drawn: Drawn, groups: Groups) -> Callable[[Linear], Results]:

@@ -52,6 +52,8 @@ def _row(entry: Mapping[str, Any]) -> Sequence[str]:
     beside += [
         f"{name} {other:.3f} ({ms / other - 1:+.1%})" for name, other in detail["controls"].items()
     ]
+    if "one_thread_wall_ms" in detail:
+        beside.append(f"wall on one thread {detail['one_thread_wall_ms']:.3f}")
     graph = detail.get("graph")
     if graph and "ms" in graph:
         beside.append(f"graph {graph['wall_ms']:.3f}{'' if graph['bitwise_equal'] else ' DIFFERS'}")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from .bench_arms import arm_of
-from .bench_cases import BenchCase, targets
+from .bench_cases import BenchCase, multiplied_as, targets
 from .bench_inputs import draw
 
 
@@ -51,7 +51,8 @@ def main(names: Sequence[str]) -> int:
         drawn = draw(known[name], device)
         torch.cuda.synchronize()
         start = time.monotonic()
-        arm_of(lib, known[name], drawn).results()
+        with multiplied_as(known[name].dtype):
+            arm_of(lib, known[name], drawn).results()
         torch.cuda.synchronize()
         found[name] = round(time.monotonic() - start, 3)
         del drawn

@@ -212,6 +212,11 @@ class Effort:
         return int(min(max(0.1 * self.budget_ms / max(each_ms, 1e-6), 3), 30))
 
 
+def wall_ms(clock: Clock, call: Call, count: int) -> float:
+    """Milliseconds per call, the middle of `_BATCHES` rows of `count` calls."""
+    return median(clock.back_to_back(call, count) for _ in range(_BATCHES))
+
+
 def measure(clock: Clock, calls: Mapping[str, Call], effort: Effort) -> dict[str, Timing]:
     """Time calls that have run before, interleaved."""
     each = {name: clock.once(call) for name, call in calls.items()}
@@ -219,7 +224,7 @@ def measure(clock: Clock, calls: Mapping[str, Call], effort: Effort) -> dict[str
     for name, call in calls.items():
         count = effort.calls(each[name])
         clock.back_to_back(call, 2)
-        wall[name] = median(clock.back_to_back(call, count) for _ in range(_BATCHES))
+        wall[name] = wall_ms(clock, call, count)
         host[name] = clock.enqueue(call, min(count, 10))
     rounds = effort.rounds([wall[name] + host[name] for name in calls])
     found = clock.samples(list(calls.values()), rounds, list(host.values()))

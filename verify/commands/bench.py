@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench import Bench, Deadline, Entry
 from ..bench_ahead import compile_ahead
-from ..bench_cases import BUILT_IN, KINDS, ROUTINGS, BenchCase, Grid, targets
+from ..bench_cases import BUILT_IN, DTYPES, KINDS, ROUTINGS, BenchCase, Grid, targets
 from ..bench_report import print_benchmarks
 from ..peers import PEERS
 from ..timing import Effort, clock_of
@@ -174,7 +174,7 @@ def selected(arguments: argparse.Namespace, *, gpu: bool) -> tuple[BenchCase, ..
     """
     check_names("kinds", arguments.kinds, KINDS)
     check_names("routing", arguments.routing, ROUTINGS)
-    check_names("dtypes", arguments.dtypes, ("bfloat16", "float16", "float32"))
+    check_names("dtypes", arguments.dtypes, DTYPES)
     models = arguments.models or (BUILT_IN if gpu else ("tiny",))
     stated = {
         "tokens": arguments.T,
