@@ -126,7 +126,7 @@ class Routing:
         bounds = torch.arange(experts + 1, dtype=torch.int32, device=slots.device)
         offsets = torch.searchsorted(keys, bounds, out_int32=True)
         return cls(
-            slots=slots.to(torch.int64),
+            slots=slots.to(torch.int64).contiguous(),
             expert_of_row=keys,
             offsets=offsets,
             tiles=row_tiles(offsets, rows=slots.numel(), experts=experts),

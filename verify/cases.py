@@ -180,6 +180,7 @@ EDGES: tuple[Case, ...] = (
     _small("odd-rows-wide", k_in=17, n_out=128, rank=4, tokens=72, experts=1, top_k=1),
     _small("long-rows", k_in=2120, n_out=24, tokens=5, experts=2, rank=4, source="SLOT"),
     _small("strided", weight_layout="strided", x_layout="strided", bias=True, gated=True),
+    _small("strided-one-choice", x_layout="strided", gated=True, top_k=1, target="SLOT"),
     _small("offset", weight_layout="offset", x_layout="offset"),
     _small("turned-rows", x_layout="transposed", tokens=21, k_in=40, n_out=34, rank=4),
     _small("turned-deep", x_layout="transposed", tokens=13, k_in=150, n_out=34, rank=4),

@@ -51,10 +51,11 @@ def stack(tensor: Tensor) -> Stack:
 
 
 def coefficients(row_scale: Tensor | None) -> tuple[Tensor | None, torch.dtype | None, int]:
-    """Coefficients of rows as a kernel takes them: flat, with their dtype and address."""
+    """Coefficients of rows as a kernel takes them: side by side, with their dtype and address."""
     if row_scale is None:
         return None, None, 0
-    flat = row_scale.reshape(-1)
+    # One choice per token: a column of a wider matrix is flat as it lies, with gaps.
+    flat = row_scale.reshape(-1).contiguous()
     return flat, flat.dtype, flat.data_ptr()
 
 

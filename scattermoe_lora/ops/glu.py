@@ -27,7 +27,7 @@ from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
 from ._check import check_gates, check_rows, check_same, check_tensor, check_type
-from ._tile import matrix
+from ._tile import coefficients, matrix
 
 
 class Gate(enum.StrEnum):
@@ -115,12 +115,8 @@ def glu_backward(
     dgates = h.new_empty((routing.tokens, routing.top_k), dtype=torch.float32)
     if routing.rows:
         width = dact.shape[1]
-        pointers = h.data_ptr() | dact.data_ptr() | routing.slots.data_ptr()
-        gates_form = None
-        if gates is not None:
-            gates = gates.reshape(-1)
-            gates_form = gates.dtype
-            pointers |= gates.data_ptr()
+        gates, gates_form, pointers = coefficients(gates)
+        pointers |= h.data_ptr() | dact.data_ptr() | routing.slots.data_ptr()
         form = (h.dtype, h.stride(), dact.stride(), gates_form)
         _launch(glu_backward_kernel, width, activation, *form)(
             (routing.rows, 1, 1),

@@ -111,12 +111,8 @@ def combine(
             )
     if out.numel():
         width = y.shape[1]
-        pointers = y.data_ptr() | out.data_ptr()
-        gates_form = None
-        if gates is not None:
-            gates = gates.reshape(-1)
-            gates_form = gates.dtype
-            pointers |= gates.data_ptr()
+        gates, gates_form, pointers = coefficients(gates)
+        pointers |= y.data_ptr() | out.data_ptr()
         _combine(width, routing.top_k, y.dtype, y.stride(), out.stride(), gates_form)(
             (routing.tokens, ceil_div(width, _columns(width)), 1),
             routing.device,
