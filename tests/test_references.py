@@ -16,6 +16,7 @@ from verify.references import GatedActivation, Groups, expert_linear, experts_ml
 from verify.routings import RoutingKind
 from verify.specs import KERNELS
 from verify.specs.common import groups_of
+from verify.specs.gradients import EXPERT_WEIGHT_GRAD
 from verify.specs.rows import COMBINE, GROUP
 
 pytestmark = pytest.mark.correctness
@@ -226,3 +227,19 @@ def test_products_of_one_factor_may_all_lie_about_midway(spec, dtype, rows):
     expected = spec.reference(inputs, Arithmetic())[name]
     assert compare(name, found.to(dtype), expected).ok
     assert not compare(name, (found * (1 + torch.finfo(dtype).eps)).to(dtype), expected).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lean", [0.26, 0.49])
+def test_all_that_one_gate_multiplies_may_be_rounded_the_same_way(dtype, lean):
+    """A gate just above one: a row of dy is multiplied, and most of it loses what the gate adds."""
+    sizes = {"tokens": 1, "top_k": 1, "experts": 1, "k_in": 122, "n_out": 512, "rank": 2}
+    case = replace(SMOKE[0], gated=True, target="EXPERT", routing=RoutingKind("uniform"), **sizes)
+    inputs = EXPERT_WEIGHT_GRAD.inputs(case, dtype, "balanced", CPU)
+    gate = 1 + lean * torch.finfo(dtype).eps
+    inputs = inputs.having(gates=torch.full_like(inputs["gates"], gate))
+    expected = EXPERT_WEIGHT_GRAD.reference(inputs, Arithmetic())["dw"]
+    gated = (inputs["dy"].float() * gate).to(dtype)
+    right = inputs["x"].float().mT @ gated.float()
+    assert compare("dw", right.to(dtype)[None], expected).ok
+    assert not compare("dw", (right * 1.02).to(dtype)[None], expected).ok

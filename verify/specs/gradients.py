@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -133,6 +133,13 @@ def _truth(inputs: Inputs, *names: str) -> dict[str, Tensor]:
     )
 
 
+def _coupled(inputs: Inputs) -> Literal["vector", "expert"]:
+    """A gate multiplies all that its row holds, and where it lies near a power of two most of the
+    products are rounded the same way, in every vector that the row adds to.
+    """
+    return "expert" if "gates" in inputs.tensors else "vector"
+
+
 def _reference_lora_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     groups = groups_of(inputs)
     truth: dict[str, Tensor] = {} if how.tf32 else _truth(inputs, "lora_a", "lora_b")
@@ -149,7 +156,7 @@ def _reference_lora_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str,
             freedom=freedom,
             sources=sources,
         )
-    return expected
+    return {name: replace(found, coupled=_coupled(inputs)) for name, found in expected.items()}
 
 
 def _reference_expert_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
@@ -157,7 +164,7 @@ def _reference_expert_weight_grad(inputs: Inputs, how: Arithmetic) -> Mapping[st
     model = expert_weight_gradient(inputs, groups, how)
     truth = model.value if how.tf32 else _truth(inputs, "weight")["weight"]
     expected = expert_expected(groups, model, inputs.dtype, truth=truth, terms={"base": truth})
-    return {"dw": expected}
+    return {"dw": replace(expected, coupled=_coupled(inputs))}
 
 
 def _reference_expert_bias_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
