@@ -423,6 +423,17 @@ def test_a_campaign_that_is_told_to_end_leaves_a_record_and_no_worker(tmp_path):
     assert resumed.counts.launches == done
 
 
+def test_time_counts_once_however_many_workers_ran(tmp_path):
+    """Two workers from 10 to 40, a restarted one to 50, and a second run from 500 to 520."""
+    spans = [(10, 40), (12, 38), (41, 50), (500, 520)]
+    for number, span in enumerate(spans):
+        writer = journal.Journal(tmp_path / f"journal-{number:03}-0001.jsonl")
+        for at in span:
+            writer.write(done=number, at=float(at), outcome={"reason": "n/a"})
+        writer.close()
+    assert Campaign(tmp_path, Settings(devices=("cpu",)), {}).counts.seconds == 30 + 9 + 20
+
+
 def lines_of(home: Path) -> list[dict]:
     """What the journals of a campaign say."""
     return [line for path in sorted(home.glob("journal-*")) for line in journal.read(path)]

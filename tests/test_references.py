@@ -243,3 +243,28 @@ def test_all_that_one_gate_multiplies_may_be_rounded_the_same_way(dtype, lean):
     right = inputs["x"].float().mT @ gated.float()
     assert compare("dw", right.to(dtype)[None], expected).ok
     assert not compare("dw", (right * 1.02).to(dtype)[None], expected).ok
+
+
+@pytest.mark.parametrize("length", [64, 2192])
+def test_sums_below_the_normal_numbers_may_lose_half_a_step_wherever_they_are_cut_off(length):
+    """A tensor core adds 8 products at a time and cuts towards zero to multiples of 2^-149."""
+    generator = torch.Generator().manual_seed(5)
+    left = torch.randn(32, length, generator=generator, dtype=torch.float64)
+    right = torch.randn(length, 32, generator=generator, dtype=torch.float64) * 2.0**-136
+    unit = 2.0**-149
+    total = torch.zeros(32, 32, dtype=torch.float64)
+    for k in range(0, length, 8):
+        part = left[:, k : k + 8] @ right[k : k + 8]
+        total = torch.trunc((total + part) / unit) * unit
+    model = matmul(Uncertain.exact(left), Uncertain.exact(right))
+    error = total - model.value
+
+    def share(got: torch.Tensor) -> float:
+        """The norm of an error as a share of its limit for so many elements."""
+        return float((got.square().sum() / model.variance.sum()).sqrt()) / (1.25 + 8 / 32)
+
+    assert share(error) < 1
+    whole = torch.zeros_like(total)
+    for k in range(length):
+        whole = torch.trunc((whole + torch.outer(left[:, k], right[k])) / unit) * unit
+    assert share(8 * (whole - model.value)) > 1

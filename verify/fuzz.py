@@ -125,6 +125,7 @@ class Campaign:
         for path in sorted((self.directory / "findings").glob("*.json")):
             finding = found.read(path)
             self.findings[finding.signature] = finding
+        spans = []
         for path in sorted(self.directory.glob("journal-*.jsonl")):
             lines = list(read(path))
             draws = {line["launch"]: line["draw"] for line in lines if "launch" in line}
@@ -133,7 +134,9 @@ class Campaign:
                     self._number = max(self._number, line["done"])
                     self._counted(draws.get(line["done"]), line)
             self._again += [Draw.from_json(values) for values in unfinished(lines)]
-            self.counts.seconds += _span(lines)
+            times = [line["at"] for line in lines if "at" in line]
+            spans += [(min(times), max(times))] if times else []
+        self.counts.seconds = _covered(spans)
 
     def _counted(self, values: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bool:
         """Count an end; whether it reached something new."""
@@ -375,7 +378,10 @@ class Campaign:
         found.write(self.directory / "findings", self.findings[finding.signature])
 
 
-def _span(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds between the first and the last launch of a journal."""
-    times = [line["at"] for line in lines if "at" in line]
-    return max(times) - min(times) if times else 0.0
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds within at least one of the spans: workers run side by side, and runs do not."""
+    covered, reached = 0.0, -float("inf")
+    for first, last in sorted(spans):
+        covered += max(0.0, last - max(first, reached))
+        reached = max(reached, last)
+    return covered

@@ -37,6 +37,14 @@ def accumulation_epsilon(length: int) -> float:
     return 4e-9 * length + 1e-7
 
 
+def _smallest_sums(length: int) -> float:
+    """Variance allowed to fp32 sums of `length` products below the normal numbers: a rounding of
+    each product, and half of the smallest number cut off wherever a tensor core adds 8 of them,
+    always towards zero.
+    """
+    return (length + (length / 16) ** 2) * _SMALLEST**2
+
+
 def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Distance between neighbouring numbers of `dtype` at `value` (fp64), subnormals included."""
     limits = torch.finfo(dtype)
@@ -197,7 +205,7 @@ def matmul(left: Uncertain, right: Uncertain) -> Uncertain:
     drift = _carried(left.drift, right_square) + _carried_right(left_square, right.drift)
     spread = left_square @ right_square + value.square()
     drift = drift + spread.mul_(accumulation_epsilon(length) ** 2)
-    drift = drift + length * _SMALLEST**2
+    drift = drift + _smallest_sums(length)
     return Uncertain(value, _zero(value), shared, drift)
 
 
