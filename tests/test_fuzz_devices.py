@@ -64,15 +64,18 @@ def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):
 
 
 def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
-    def workers(gpus: int, processors: int) -> int:
+    def workers(gpus: int, processors: int, gigabytes: int = 80) -> int:
+        facts = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         monkeypatch.setattr(command.os, "cpu_count", lambda: processors)
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         arguments = parser.parse_args(["--directory", str(tmp_path / "new")])
         return command._settings(arguments, torch.device("cuda"))[1].workers
 
-    assert [workers(1, 16), workers(8, 16), workers(8, 4)] == [4, 2, 1]
+    assert [workers(1, 16), workers(1, 64), workers(8, 16), workers(8, 4)] == [12, 12, 1, 1]
+    assert [workers(1, 16, 40), workers(1, 16, 24), workers(1, 16, 5)] == [6, 3, 1]
 
 
 class Sanitizer:

@@ -72,7 +72,7 @@ def limits_of(memory: int, workers: int) -> Limits:
     return Limits(
         tokens=8192,
         width=4096,
-        experts=256,
+        experts=1024,
         rank=256,
         memory=share,
         work=4e10,
