@@ -149,7 +149,7 @@ class Drawing:
             found = unit * self._spread(1, max(limit // unit, 1))
             return found if _divisor(found) == unit else size
 
-        top_k = 1 if case.top_k == 1 else self.random.randint(2, 8)
+        top_k = 1 if case.top_k == 1 else self.random.randint(2, 12)
         experts = self._spread(top_k, max(limits.experts, top_k))
         changed = replace(
             case,
@@ -227,7 +227,7 @@ class Drawing:
         elif name == "experts":
             changes["experts"] = self._spread(1, limits.experts)
         elif name == "top_k":
-            changes["top_k"] = self.random.randint(1, 8)
+            changes["top_k"] = self.random.randint(1, 12)
         elif name in ("k_in", "n_out"):
             changes[name] = self._width()
         elif name == "rank":
