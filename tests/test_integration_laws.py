@@ -150,6 +150,7 @@ GATES = {
 def test_an_activation_is_known_by_its_values(act_fn, wanted, interleaved):
     module = experts_module(act_fn, **({"is_concatenated": False} if interleaved else {}))
     module.a_number, module.a_flag, module.another = 1.702, True, 3
+    module.nothing, module.negative = 0.0, -0.5
     found = _activation.fused_activation(module)
     if wanted is None:
         assert found is None
