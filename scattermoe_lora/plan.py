@@ -30,7 +30,7 @@ that is named), for whoever looks further:
   owns whole rows has too few loads in flight.
 - SwiGLU in the epilogue of gate_up, gate and up columns in two accumulators of 128 x 128: equal bit
   for bit; product and activation together 378 to 372 us for Qwen3-30B at 2048 tokens, 873 to 832 at
-  8192, for OLMoE 1051 to 996. That is at most 1.4% of a layer step, and one kernel more to trust, so
+  8192, for OLMoE 1051 to 996. That is at most 1.4% of a layer step, and one kernel more to trust:
   it is not here. Its gradient in the epilogue of down's: 500 to 2900 bytes per thread on a stack in
   every tile that was compiled; not run.
 - Triton 3.6's warp specialisation on Hopper: its passes fail on a loop whose rows are masked.
