@@ -9,9 +9,9 @@ import io
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import weakref
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -80,15 +80,15 @@ def checkout(
     Raises:
         ValueError: git has no such revision, or the package is not in it.
     """
-    command = ["git", "-C", str(repository), "archive", "--format=tar", revision, "--", package]
+    command = ["git", "-C", str(repository), "archive", "--format=zip", revision, "--", package]
     ran = subprocess.run(command, capture_output=True, check=False)
     if ran.returncode != 0:
         raise ValueError(
             f"git has no {package} at revision {revision!r} of {repository}: "
             f"{ran.stderr.decode(errors='replace').strip()}"
         )
-    with tarfile.open(fileobj=io.BytesIO(ran.stdout)) as archive:
-        archive.extractall(destination, filter="data")
+    with zipfile.ZipFile(io.BytesIO(ran.stdout)) as archive:
+        archive.extractall(destination)
     return Path(destination) / package
 
 
