@@ -1,5 +1,7 @@
 """Stages: which there are, what is run again, what is said of a GPU."""
 
+import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -21,16 +23,41 @@ from verify.qualify import (
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench", "report")
+STAGES = ("doctor", "compile", "check", "check-plans", "fuzz", "sanitize", "tune", "bench")
 
 
 @pytest.mark.correctness
 def test_stages_are_the_commands_that_exist_in_order(tmp_path):
     made = stages_of(tmp_path, device="cuda", known=COMMANDS, budget=Budget(fuzz=2.5), seed=3)
-    assert [stage.name for stage in made] == list(COMMANDS[:-1])
+    assert [stage.name for stage in made] == list(STAGES)
     fuzz = next(stage for stage in made if stage.name == "fuzz")
     assert fuzz.words[fuzz.words.index("--minutes") + 1] == "2.5"
     fewer = stages_of(tmp_path, device="cuda", known=("check", "fuzz"), budget=Budget(), seed=0)
-    assert [stage.name for stage in fewer] == ["check", "fuzz"]
+    assert [stage.name for stage in fewer] == ["check", "check-plans", "fuzz"]
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize("architecture", [90, None])
+def test_every_plan_is_compiled_where_the_architecture_is_known(tmp_path, architecture):
+    made = stages_of(
+        *(tmp_path,), device="cuda", known=COMMANDS, budget=Budget(), seed=0,
+        architecture=architecture,
+    )  # fmt: skip
+    words = next(stage for stage in made if stage.name == "compile").words
+    assert ("--full" in words) == (architecture is not None)
+    assert str(architecture) in words or architecture is None
+
+
+@pytest.mark.correctness
+def test_every_stage_is_a_command_line_that_verify_reads(tmp_path):
+    made = stages_of(
+        *(tmp_path,), device="cpu", known=COMMANDS, budget=Budget(), seed=3, architecture=90
+    )
+    for stage in made:
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        importlib.import_module(f"verify.commands.{stage.words[0]}").add_arguments(parser)
+        parsed = parser.parse_args(stage.words[1:])
+        assert parsed.json == tmp_path / f"{stage.name}.json"
 
 
 @pytest.mark.correctness
@@ -112,10 +139,10 @@ def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr("verify.qualify.run_stage", passed)
     monkeypatch.setattr("verify.qualify.time.strftime", lambda *words: f"another {len(ran)}")
-    assert again() == list(COMMANDS[:-1])
+    assert again() == list(STAGES)
     assert again() == []
     assert again(tune=9.0) == ["tune"]
-    assert again(tune=9.0, seed=3) == ["check", "fuzz", "bench"]
+    assert again(tune=9.0, seed=3) == ["check", "check-plans", "fuzz", "bench"]
 
 
 @pytest.mark.correctness

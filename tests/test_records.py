@@ -262,6 +262,29 @@ def test_missing(judged, tmp_path, sources, small):
     assert states == {f"{GPU}/check.json": "good", "nvidia-l4/check.json": "missing"}
 
 
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (put("0123456789abcdef", "fingerprint", "combine"), False),
+        (put([], "selection", "kernels"), False),
+        (put(2, "schema"), True),
+    ],
+    ids=["stale", "incomplete", "malformed"],
+)
+def test_one_gpu_with_a_good_check_suffices_until_a_release(
+    judged, small, tmp_path, sources, change, fault
+):
+    other = copy.deepcopy(small)
+    other["environment"]["device"] = "NVIDIA L4"
+    change(other)
+    alone = judged({"check.json": other}, gpu="nvidia-l4")
+    assert [verdict.fault for verdict in alone] == [True]
+    beside = {v.record: v.fault for v in judged({"check.json": small})}
+    assert beside == {f"{GPU}/check.json": False, "nvidia-l4/check.json": fault}
+    released = inspect(tmp_path, sources, release=True, now=NOW)
+    assert {verdict.fault for verdict in released} == {True}
+
+
 def test_other_records_are_demanded_only_for_a_release(judged, whole, tmp_path, sources):
     today = dict(sources.fingerprint)
     others = {

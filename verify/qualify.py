@@ -55,11 +55,22 @@ class Budget:
 
 
 def stages_of(
-    directory: Path, *, device: str, known: Iterable[str], budget: Budget, seed: int
+    directory: Path,
+    *,
+    device: str,
+    known: Iterable[str],
+    budget: Budget,
+    seed: int,
+    architecture: int | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages in order, of the commands that exist here; records go to `directory`."""
+    """The stages in order, of the commands that exist here; records go to `directory`.
+
+    architecture: the number (90 for sm_90) of which every plan is compiled; without one the usual
+    plans of every architecture are.
+    """
     place = ("--device", device)
     common = (*place, "--seed", str(seed))
+    compiled = ("--full", "--parts", "kernels", "--arch", str(architecture))
 
     def record(name: str) -> tuple[str, ...]:
         return ("--json", str(directory / f"{name}.json"))
@@ -72,13 +83,24 @@ def stages_of(
         ),
         Stage(
             name="compile",
-            words=("compile", "--no-baseline", *record("compile")),
+            words=(
+                *("compile", "--no-baseline", *(compiled if architecture else ())),
+                *record("compile"),
+            ),
             purpose="every plan compiles within the limits of the device",
         ),
         Stage(
             name="check",
-            words=("check", "--full", *common, *record("check")),
-            purpose="every kernel, path, plan, case and dtype is right",
+            words=("check", "--quick", *common, *record("check")),
+            purpose="every kernel and path is right, in every case",
+        ),
+        Stage(
+            name="check-plans",
+            words=(
+                *("check", "--full", "--cases", "tails,holes", *common),
+                *record("check-plans"),
+            ),
+            purpose="so is every plan, in every dtype",
         ),
         Stage(
             name="fuzz",
@@ -111,7 +133,7 @@ def stages_of(
             purpose="how fast it is",
         ),
     )
-    return tuple(stage for stage in every if stage.name in set(known))
+    return tuple(stage for stage in every if stage.words[0] in set(known))
 
 
 def shortcomings(facts: Mapping[str, Any], *, shared_memory: int | None = None) -> list[str]:

@@ -1,13 +1,14 @@
 """Whether the committed records still stand in for a GPU: well-formed, whole, good and fresh.
 
-A directory of records holds one directory per GPU. Each must have a `check.json`; what other
-commands found is read too, and must be fresh only for a release.
+A directory of records holds one directory per GPU. Each must have a `check.json`, and one of them
+must be whole and fresh, so that who has one GPU can change a kernel. What other commands found is
+read too. All must be fresh for a release.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,8 @@ _RELEASE = ("check", "mutants", "sanitize", "bench", "gate", "gate-samples")
 """Commands of which a release has a record."""
 _FAULTS = ("failed", "errors", "survived", "findings", "alarms", "wrong")
 """Counts of a summary that are zero where all is well."""
+_AGED = ("stale", "incomplete")
+"""What becomes of a good record when kernels change or cases are added."""
 _WITHOUT_DEVICE = ("compile", "qualify")
 _SHOWN = 4
 
@@ -102,8 +105,9 @@ class Verdict:
 def inspect(
     directory: Path, sources: Sources, *, release: bool = False, now: datetime | None = None
 ) -> tuple[Verdict, ...]:
-    """Judge `<directory>/<gpu>/*.json`. release: every record counts, none of those that a release
-    has is missing, and a check must be full.
+    """Judge `<directory>/<gpu>/*.json`. Where the check of one GPU is good, one of another may be
+    stale. release: every record counts, none of those that a release has is missing, and a check
+    must be full.
 
     `now` is the time that ages are counted from.
     """
@@ -114,6 +118,9 @@ def inspect(
         wanted = {machine / f"{name}.json" for name in (_RELEASE if release else _RELEASE[:1])}
         files = sorted({*wanted, *machine.glob("*.json")})
         found += [_verdict(file, sources, release=release, now=moment) for file in files]
+    good = any(item.state == GOOD and item.record.endswith(f"/{CHECK}") for item in found)
+    if good and not release:
+        found = [replace(item, fault=item.fault and item.state not in _AGED) for item in found]
     return tuple(found)
 
 

@@ -54,6 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
             which = f"--stages {','.join(arguments.stages)}"
             refuse_unused(which, arguments, add_arguments, (f"{name}_minutes",))
     device = prepare(arguments.device)
+    from ..ahead import ARCHITECTURES
     from ..cli import COMMANDS
     from ..environment import environment, gpu_directory_name
     from ..qualify import Budget, Qualification, shortcomings, stages_of
@@ -75,8 +76,14 @@ def main(arguments: argparse.Namespace) -> int:
     budget = Budget(
         fuzz=arguments.fuzz_minutes, tune=arguments.tune_minutes, bench=arguments.bench_minutes
     )
+    number = 10 * facts.capability[0] + facts.capability[1]
     stages = stages_of(
-        directory, device=str(device), known=COMMANDS, budget=budget, seed=arguments.seed
+        directory,
+        device=str(device),
+        known=COMMANDS,
+        budget=budget,
+        seed=arguments.seed,
+        architecture=number if number in ARCHITECTURES else None,
     )
     names = [stage.name for stage in stages]
     check_names("stages", arguments.stages, names)
