@@ -6,6 +6,7 @@ import argparse
 import ast
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import broken_kernels
@@ -16,7 +17,8 @@ from conftest import DEVICE
 from verify.cases import SMOKE
 from verify.commands import fuzz as command
 from verify.draws import Draw
-from verify.fuzz import Campaign, Settings
+from verify.fuzz import Campaign, Settings, has_room, memory_needed
+from verify.parallel import footprint
 from verify.run import Outcome
 from verify.sanitize import EVERY_PLAN, Job
 from verify.specs import KERNELS
@@ -54,6 +56,59 @@ def test_every_gpu_has_its_workers(tmp_path, workers):
     assert {device: names.count(device) for device in devices} == dict.fromkeys(devices, workers)
     # The first worker alone says which plans there are.
     assert [pools for _, pools in campaign.started] == [True] + [False] * (len(names) - 1)
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.name)
+def test_launches_beside_others_have_room_and_alone_they_always_may(spec):
+    draws = [
+        Draw(kernel=spec.name, case=replace(case, tokens=tokens), dtype="float32", mode="balanced")
+        for case in spec.cases[:4]
+        for tokens in (8, 4096)
+    ]
+    for draw in draws:
+        needed = memory_needed(draw)
+        assert needed >= footprint(spec.name, draw.case)
+        assert has_room(draw, [], memory=1)
+        assert has_room(draw, draws, memory=0)
+        for beside in (draws[:1], draws):
+            together = needed + sum(map(memory_needed, beside))
+            assert has_room(draw, beside, memory=1.5 * together)
+            assert not has_room(draw, beside, memory=1.4 * together)
+
+
+def test_a_draw_without_room_waits_for_it_and_is_not_overtaken(tmp_path):
+    """Three workers, the last with a GPU of its own; two draws never fit on one GPU."""
+    spec = next(spec for spec in KERNELS if spec.name == "combine")
+    told: list[tuple[int, int]] = []
+
+    class Full(Stillness):
+        def _next(self):
+            self.seed = getattr(self, "seed", 0) + 1
+            case = replace(spec.cases[0], tokens=4096, seed=self.seed)
+            return Draw(kernel="combine", case=case, dtype="float32", mode="balanced")
+
+    settings = Settings(devices=("cuda:0", "cuda:1"), workers=1, kernels=("combine",))
+    campaign = Full(tmp_path, settings, {spec.name: spec})
+
+    def worker(number: int, device: str) -> SimpleNamespace:
+        process = SimpleNamespace(draw=None, start=SimpleNamespace(device=device))
+
+        def tell(_: int, draw: Draw, *, patience: float) -> None:
+            process.draw = draw
+            told.append((number, draw.case.seed))
+
+        process.tell = tell
+        return process
+
+    workers = [worker(0, "cuda:0"), worker(1, "cuda:0"), worker(2, "cuda:1")]
+    campaign._processes, campaign._memory = workers, 2 * memory_needed(campaign._next())
+    for number in (0, 1, 1, 2):
+        campaign._assign(workers[number], going=True)
+    assert told == [(0, 2), (2, 3)]
+    campaign._assign(workers[1], going=True)
+    workers[0].draw = None
+    campaign._assign(workers[1], going=True)
+    assert told == [(0, 2), (2, 3), (1, 4)]
 
 
 def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):

@@ -89,7 +89,8 @@ DEEP = {"tokens": 16, "experts": 16, "top_k": 2, "k_in": 80, "n_out": 112, "rank
 )
 def test_a_check_takes_no_more_than_was_promised(spec, sizes, monkeypatch):
     monkeypatch.setattr(numerics, "BLOCK", 4096)
-    case = replace(MODELS[0], **sizes)
+    listed = next((case for case in spec.cases if "model" in case.tags), spec.cases[0])
+    case = replace(listed, **sizes)
     problem = Problem(
         lib=sm, spec=spec, case=case, dtype=torch.float32, mode=spec.modes[0],
         device=torch.device("cpu"),

@@ -16,10 +16,12 @@ from typing import Any
 
 from . import findings as found
 from .coverage import Coverage, missing_paths
-from .drawing import Drawing, form_of, limits_of
+from .drawing import Drawing, form_of, limits_of, memory_of
 from .draws import Draw
 from .findings import Finding
+from .inputs import DTYPES
 from .journal import Journal, read, unfinished
+from .parallel import footprint
 from .shrink import Shrinking
 from .spec import KernelSpec
 from .workers import Process, Start, listen
@@ -31,6 +33,10 @@ _COMPILING_SHARE = 0.5
 _STARTING = 300.0
 _SHORT = 10.0
 """Least patience, in seconds, with smaller launches of one that hung."""
+_ROOM = 0.7
+"""Share of a GPU's memory for all that is launched at a time; the contexts of the workers and what
+torch keeps for them take some of the rest.
+"""
 _STILLBORN = 5
 """Workers that may end before any launch came to an end."""
 
@@ -98,6 +104,7 @@ class Campaign:
         self._kept: list[Draw] = []
         self._forms: dict[tuple[Any, ...], Draw] = {}
         self._again: list[Draw] = []
+        self._held: Draw | None = None
         self._deaths: Counter[tuple[str, str, str]] = Counter()
         self._shrinking: dict[int, Shrinking] = {}
         self._slow = [0.0, 0.0]  # seconds in new forms, and in all
@@ -227,13 +234,21 @@ class Campaign:
         job, patience = self._shrinking.get(id(process)), self.settings.patience
         if job is not None and job.candidate is not None:
             hangs = job.finding.kind == "hang"
-            self._tell(process, job.candidate, self._hung() if hangs else patience)
+            if self._fits(process, job.candidate):
+                self._tell(process, job.candidate, self._hung() if hangs else patience)
             return
         if not going:
             return
-        draw = self._again.pop() if self._again else self._next()
-        if draw is not None:
+        if self._held is None:
+            self._held = self._again.pop() if self._again else self._next()
+        draw = self._held
+        if draw is not None and self._fits(process, draw):
+            self._held = None
             self._tell(process, draw, patience * (4 if draw.stretch else 1))
+
+    def _fits(self, process: Process, draw: Draw) -> bool:
+        others = (p for p in self._processes if p.start.device == process.start.device)
+        return has_room(draw, [p.draw for p in others if p.draw], self._memory)
 
     def _hung(self) -> float:
         """Patience with smaller launches of one that hung."""
@@ -376,6 +391,20 @@ class Campaign:
         times = max(finding.times, known.times if known is not None else 1)
         self.findings[finding.signature] = replace(finding, times=times)
         found.write(self.directory / "findings", self.findings[finding.signature])
+
+
+def memory_needed(draw: Draw) -> float:
+    """Bytes that running a draw and judging it may take at a time."""
+    own = memory_of(draw.case, DTYPES[draw.dtype].itemsize)
+    return max(own, footprint(draw.kernel, draw.case))
+
+
+def has_room(draw: Draw, beside: Sequence[Draw], memory: float) -> bool:
+    """Whether a draw can be launched beside others on a GPU with so many bytes (0: no GPU, and any
+    number of bytes). Alone it always can: it is drawn to fit.
+    """
+    needed = memory_needed(draw) + sum(map(memory_needed, beside))
+    return not (beside and memory) or needed <= _ROOM * memory
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -19,6 +19,7 @@ from .run import Outcome, Problem, ProblemName, Selection
 _FEW = 24
 """Fewer problems than this are done before a second process has started."""
 _ALIVE: Mapping[str, tuple[float, float, float, float]] = {
+    "routing": (0.5, 0.5, 0, 0.6),
     "scatter2scatter": (3, 18, 2, 3),
     "shrink": (3, 2, 2, 14),
     "lora_forward": (3, 22, 2, 15),
@@ -31,6 +32,8 @@ _ALIVE: Mapping[str, tuple[float, float, float, float]] = {
     "combine_grad": (2, 5, 2, 2),
     "glu_forward": (1, 8, 1, 2),
     "glu_backward": (2, 16, 1, 4),
+    "expert_linear": (12, 17, 12, 12),
+    "experts_mlp": (30, 16, 25, 26),
 }
 """What a check holds at a time, as fp64 tensors [rows, K], [rows, N], [experts, K, N], and of rank
 columns for each row and each line of the experts: counted in fp32, rounded up.
