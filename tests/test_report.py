@@ -72,6 +72,19 @@ def test_the_page_says_what_the_records_say(html):
 
 
 @pytest.mark.correctness
+def test_a_function_whose_mutants_are_all_equivalent_has_no_score(records):
+    values = sample_records.mutants()
+    values["scores"]["equal"] = {"killed": 0, "total": 0, "equivalent": 2, "invalid": 1}
+    (records / "mutants.json").write_text(json.dumps(values))
+    page = page_of(collect([records]), fingerprint=TODAY, now=NOW)
+    (section,) = [section for section in page.sections if section.id == "mutants"]
+    drawn = "".join(section.plots)
+    assert ">equal<" not in drawn
+    assert all(f">{kernel}<" in drawn for kernel in sample_records.KERNELS)
+    assert ("equal", "2", "1", "0", "0") in [tuple(row[-5:]) for row in section.rows]
+
+
+@pytest.mark.correctness
 def test_the_page_loads_nothing_and_its_links_lead_somewhere(html):
     outline = Outline(html)
     assert outline.loads == ["data:,"]

@@ -195,8 +195,9 @@ def _mutants(found: Found) -> Section:
     for source in found.newest("mutants"):
         scores = source.values["scores"]
         shares = {
-            kernel: 100 * score["killed"] / max(score["total"], 1)
+            kernel: 100 * score["killed"] / score["total"]
             for kernel, score in scores.items()
+            if score["total"]
         }
         plots.append(bars(shares, title=f"mutants killed, {source.machine}", unit="%"))
         for kernel, score in scores.items():
