@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import scattermoe_lora as sm
 from scattermoe_lora.autograd import ExpertLinear
@@ -236,6 +238,34 @@ def test_gradients_of_operators_are_like_their_operands(adapter_dtype, device):
     grads = OPERATORS.expert_linear_backward(out, *operands, *made, *told, [True] * 6)
     for grad, operand in zip(grads, operands, strict=True):
         assert (grad.shape, grad.dtype) == (operand.shape, operand.dtype)
+
+
+def test_fakes_know_which_gradients_are_empty(device):
+    """Where one operand alone wants one; a factor brings the other's along."""
+    t = draw(device)
+    t = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in t.items()}
+    parts = sm.Routing.from_top_k(t["index"], t["experts"]).parts
+    first = (t["w1"].mT, t["a1"], t["b1"], None)
+    calls = {
+        "expert_linear": ((t["x"], *first, t["gates"]), (*parts, 1.3, "token", "slot")),
+        "experts_mlp": (
+            (t["x"], t["gates"], *first, t["w2"].mT, t["a2"], t["b2"], None),
+            (*parts, 1.3, -0.5, *sm.Activation().parts),
+        ),
+    }
+    for name, (operands, told) in calls.items():
+        out, *made = getattr(OPERATORS, name)(*operands, *told)
+        backward = getattr(OPERATORS, f"{name}_backward")
+        for wanted in range(len(operands)):
+            needs = [place == wanted for place in range(len(operands))]
+            given = (out, *operands, *made, *told, needs)
+            real = [grad.shape for grad in backward(*given)]
+            with FakeTensorMode() as mode:
+                faked = backward(*tree_map_only(torch.Tensor, mode.from_tensor, given))
+            assert real == [grad.shape for grad in faked]
+            assert real[wanted].numel() == (
+                0 if operands[wanted] is None else operands[wanted].numel()
+            )
 
 
 @pytest.mark.gpu
