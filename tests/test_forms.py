@@ -1,4 +1,4 @@
-"""A launch that is remembered for a form fits every call of that form.
+"""A launch that is remembered for a form fits every call of that form, and is found again.
 
 Triton compiles another variant where an integer is 1 or a multiple of 16, where an operand is
 absent, or of another type. The package keeps one variant for each of its forms, so all calls of a
@@ -100,12 +100,18 @@ def padded(value):
     return wider[..., : value.shape[-1]]
 
 
+def launched(spec, inputs):
+    for plan in spec.plans(lib, inputs):
+        if plan.quick and not plan.unavailable:
+            spec.run(lib, inputs, plan.plan)
+
+
 VARIED = (
     {}, {"top_k": 1}, {"n_out": 72}, {"k_in": 88}, {"rank": 17}, {"weight_layout": "transposed"},
     {"lora_dtype": "float32"}, {"bias": True}, {"gated": True, "target": "SLOT"},
     {"gated": True, "target": "SLOT", "gradient": "TOKEN"}, {"source": "SLOT"},
 )
-cpu = torch.device("cpu")
+cpu, forgotten = torch.device("cpu"), []
 with redirected(lib, lambda *facts: None), stated(lib, ARCHITECTURES[90]):
     launch_type.__call__ = call
     for spec, changes in itertools.product(KERNELS, VARIED):
@@ -132,16 +138,19 @@ with redirected(lib, lambda *facts: None), stated(lib, ARCHITECTURES[90]):
             if not changes and case.name == "plain" and spec.name == "lora_forward":
                 varied += [cut(drawn, side) for side in ("in", "out")]
             for inputs in varied:
-                for plan in spec.plans(lib, inputs):
-                    if plan.quick and not plan.unavailable:
-                        spec.run(lib, inputs, plan.plan)
+                launched(spec, inputs)
+            # Other tensors of the same kinds are launches that are remembered.
+            known, drawn = set(names), spec.inputs(case, dtype, spec.modes[-1], cpu, seed=0)
+            launched(spec, replace(drawn, prepared=routed(drawn) if spec.prepare else None))
+            forgotten += [f"{spec.name} {changes}"] * (not names.keys() <= known)
 wrong = {
     names[key].kernel.__name__: [repr(item) for item in sorted(found, key=repr)]
     for key, found in forms.items()
     if len(found) > 1
 }
 kernels = sorted({launch.kernel.__name__ for launch in names.values()})
-json.dump({"calls": calls, "forms": len(forms), "kernels": kernels, "wrong": wrong}, sys.stdout)
+found = {"calls": calls, "forms": len(forms), "kernels": kernels, "wrong": wrong}
+json.dump({**found, "forgotten": forgotten}, sys.stdout)
 """
 
 
@@ -152,3 +161,4 @@ def test_calls_of_one_form_are_one_variant():
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = json.loads(ran.stdout)
     assert found["wrong"] == {}
+    assert found["forgotten"] == []
