@@ -59,10 +59,17 @@ def test_packing_in_pieces_is_packing_at_once(
     monkeypatch.setattr(_four_bit, "PACKED_ELEMENTS", pieces * shape[1] * shape[2])
     weight = stack(*shape, dtype=torch.bfloat16)
     settings = {"quant_type": quant_type, "blocksize": blocksize}
+    quantize, sizes = functional.quantize_4bit, []
+
+    def watched(piece, **told):
+        sizes.append(len(piece))
+        return quantize(piece, **told)
+
+    monkeypatch.setattr(functional, "quantize_4bit", watched)
     packed, state = _four_bit.quantized(weight, nested=nested, **settings)
-    expected, expected_state = functional.quantize_4bit(
-        weight, compress_statistics=nested, **settings
-    )
+    whole = shape[1] * shape[2] % blocksize or pieces >= shape[0]
+    assert (sum(sizes), max(sizes)) == (shape[0], shape[0] if whole else pieces)
+    expected, expected_state = quantize(weight, compress_statistics=nested, **settings)
     assert torch.equal(packed, expected)
     same(state, expected_state)
 
