@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import scattermoe_lora
+from conftest import DEVICE
 from verify import bench, bench_records, peer_figures, peers
 from verify.bench import Bench, Entry, Failure
 from verify.bench_arms import Arm, arm_of
@@ -307,7 +308,7 @@ def test_a_benchmark_that_raises_does_not_end_the_others(bench_of_dequant, monke
 def test_the_command_writes_a_record_and_goes_on_with_it(tmp_path, capsys):
     path = tmp_path / "bench.json"
     command = ["bench", "--models", "tiny", "--names", "dequant.nf4.*", "--dtypes", "float32"]
-    command += ["--no-peers", "--quick", "--json", str(path)]
+    command += ["--no-peers", "--quick", "--json", str(path), "--device", DEVICE]
     assert main([*command, "--minutes", "0"]) == 2
     summary = json.loads(path.read_text())["summary"]
     assert (summary["measured"], summary["wanted"], summary["failed"]) == (0, 2, 0)
@@ -350,7 +351,7 @@ def test_numbers_of_other_code_or_machines_are_not_taken_up(tmp_path, key, monke
 def test_numbers_of_another_seed_are_neither_taken_up_nor_lost(tmp_path):
     path = tmp_path / "bench.json"
     command = ["bench", "--models", "tiny", "--names", "dequant.nf4.*", "--json", str(path)]
-    command += ["--minutes", "0", "--seed"]
+    command += ["--device", DEVICE, "--minutes", "0", "--seed"]
     assert main([*command, "5"]) == 2
     before = path.read_text()
     with pytest.raises(SystemExit, match=r"^--resume: .*bench.json has seed 5, and --seed is 6$"):
@@ -361,7 +362,14 @@ def test_numbers_of_another_seed_are_neither_taken_up_nor_lost(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles")
 def test_cold_compilations_without_a_gpu_are_refused():
     with pytest.raises(SystemExit, match=r"^--cold times .* for a GPU, and the device is cpu$"):
-        main(["bench", "--models", "tiny", "--cold"])
+        main(["bench", "--models", "tiny", "--cold", "--device", "cpu"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("words", [["bench"], ["gate", "--against", "."]], ids=["bench", "gate"])
+def test_times_of_the_interpreter_have_to_be_asked_for(words):
+    with pytest.raises(SystemExit, match=r"times kernels on a GPU, .*; --device cpu tries"):
+        main(words)
 
 
 @pytest.mark.parametrize(

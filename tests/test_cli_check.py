@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import on_the_cpu
 
 import scattermoe_lora
 from conftest import DEVICE
 from verify import cli
+from verify.commands.common import check_names
 from verify.findings import read
 from verify.fuzz import Settings
 from verify.records import fingerprint, summary_of
@@ -336,3 +338,37 @@ def test_fingerprint_sees_code_and_imports_but_no_docstrings(tmp_path):
     assert fingerprint(package, "ops/kernel.py") == before
     (package / "base.py").write_text("VALUE = 2\n")
     assert fingerprint(package, "ops/kernel.py") != before
+
+
+def test_names_of_dtypes_may_be_short(tmp_path):
+    words = ["--kernels", "combine", "--cases", "smoke", "--device", "cpu", "--json"]
+    for names in ("bf16,fp32", "bfloat16,float32"):
+        on_the_cpu([*words, str(tmp_path / names), "--dtypes", names])
+    short, long = (json.loads(path.read_text()) for path in sorted(tmp_path.iterdir()))
+    assert short["selection"]["dtypes"] == long["selection"]["dtypes"] == ["bfloat16", "float32"]
+
+
+def test_of_many_names_the_nearest_are_listed():
+    known = ["smoke", *(f"case-{number}" for number in range(200))]
+    with pytest.raises(SystemExit, match=r"^--cases: smok is none of 201 names; near it: smoke$"):
+        check_names("cases", ["smok"], known)
+    with pytest.raises(SystemExit, match=r"^--cases: \? is none of 201 names$"):
+        check_names("cases", ["?"], known)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_interrupted_check_says_how_to_go_on(tmp_path, monkeypatch, capsys, named):
+    def interrupted(problems, selection, *, workers):
+        yield problems[0], list(problems[0].check(selection.wants))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verify.parallel.checked", interrupted)
+    file = tmp_path / "check.json"
+    words = ["--kernels", "combine", "--device", DEVICE, *(["--json", str(file)] if named else [])]
+    assert cli.main(words) == 130
+    told = capsys.readouterr().err
+    if named:
+        assert f"--resume {file} go on" in told
+        assert not json.loads(file.read_text())["summary"]["complete"]
+    else:
+        assert "with --json FILE, --resume FILE goes on" in told

@@ -4,7 +4,9 @@ kernels that they must find.
 
 import argparse
 import ast
+import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,12 +14,15 @@ from types import SimpleNamespace
 import broken_kernels
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import DEVICE
 from verify.cases import SMOKE
 from verify.commands import fuzz as command
+from verify.coverage import DIMENSIONS
 from verify.draws import Draw
-from verify.fuzz import Campaign, Settings, has_room, memory_needed
+from verify.fuzz import Campaign, Counts, Settings, has_room, memory_needed
+from verify.fuzz_summary import print_summary
 from verify.parallel import footprint
 from verify.run import Outcome
 from verify.sanitize import EVERY_PLAN, Job
@@ -109,6 +114,25 @@ def test_a_draw_without_room_waits_for_it_and_is_not_overtaken(tmp_path):
     workers[0].draw = None
     campaign._assign(workers[1], going=True)
     assert told == [(0, 2), (2, 3), (1, 4)]
+
+
+@pytest.mark.parametrize("launches", [199, 200])
+def test_paths_that_a_short_campaign_missed_are_counted_and_after_a_long_one_named(
+    tmp_path, launches
+):
+    other = {"combine": [POOL["combine"][0], {**POOL["combine"][0], "path": "other"}]}
+    campaign = SimpleNamespace(
+        coverage=SimpleNamespace(
+            by_path=lambda: {"combine [default]": {"launches": 9, **dict.fromkeys(DIMENSIONS, 1)}}
+        ),
+        pools=other, findings={}, directory=tmp_path,
+        counts=Counts(status=Counter(passed=launches)),
+    )  # fmt: skip
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_summary(console, campaign)
+    told = console.export_text()
+    assert ("never reached: combine [other]" in told) == (launches == 200)
+    assert ("1 of 2 paths were not reached in so few cases" in told) == (launches == 199)
 
 
 def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):

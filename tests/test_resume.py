@@ -22,13 +22,16 @@ def outcome(case: str, *, kernel: str = "combine", path: str = "", status: str =
     ).as_json()  # fmt: skip
 
 
-def record_of(*outcomes: dict, seed: int = 0, driver: str = "1", code: str = "a", cases=()) -> dict:
+def record_of(
+    *outcomes: dict, seed: int = 0, driver: str = "1", code: str = "a", cases=(), quick=False
+) -> dict:
     """A record of such outcomes; `combine` has the code that is stated, `group` always the same."""
     counts = summary_of(Outcome(**values) for values in outcomes)
     return {
         "schema": 1, "command": "check", "seed": seed, "started": "2026-01-01T00:00:00+00:00",
         "fingerprint": {"combine": code, "group": "g"}, "environment": {"driver": driver},
-        "selection": {"cases": list(cases)}, "seconds": 3.0, "outcomes": list(outcomes),
+        "selection": {"cases": list(cases), "quick": quick}, "seconds": 3.0,
+        "outcomes": list(outcomes),
         "summary": {**counts, "complete": True},
     }  # fmt: skip
 
@@ -62,9 +65,10 @@ def test_a_kernel_that_changed_is_checked_anew(tmp_path):
 @pytest.mark.parametrize(
     ("today", "words"),
     [
-        (record_of(seed=1), "it has seed 0, and this run 1"),
+        (record_of(seed=1), r"made with --seed 0, and this run has --seed 1: state what it was"),
         (record_of(driver="2"), "it was made with driver 1, and this run has 2"),
-        (record_of(cases=["edge"]), "it has selection .*, and this run .*edge"),
+        (record_of(cases=["edge"]), "made with no --cases, and this run has --cases edge: state"),
+        (record_of(quick=True), "made with no --quick, and this run has --quick: state"),
     ],
 )
 def test_another_run_is_not_mixed_in(tmp_path, today, words):

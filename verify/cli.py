@@ -27,7 +27,7 @@ COMMANDS: dict[str, str] = {
     "qualify": "everything, stage by stage, on a GPU that nobody has tried",
     "records": "whether the committed records are there, whole and fresh",
     "replay": "findings of fuzz and failures of check, rerun exactly",
-    "report": "one HTML page, and Markdown, of all records",
+    "report": "all records as one HTML page or Markdown, which is printed unless a file is named",
     "sanitize": "kernels under compute-sanitizer",
     "train": "a small model trained on text, ours against transformers' eager experts",
     "tune": "the fastest right plan of every problem, written as a table",

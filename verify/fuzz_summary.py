@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .coverage import DIMENSIONS, missing_paths
+from .coverage import DIMENSIONS, enough_to_reach_all, missing_paths
 from .findings import Finding
 from .fuzz import Campaign
 from .records import SCHEMA, plain
@@ -98,8 +98,15 @@ def print_summary(console: Console, campaign: Campaign) -> None:
     for name, row in paths.items():
         table.add_row(Text(name), *(str(row[column]) for column in ("launches", *DIMENSIONS)))
     console.print(table)
-    for name in missing_paths(campaign.pools, paths):
-        console.print(Text(f"never reached: {name}", style="yellow"))
+    missing = missing_paths(campaign.pools, paths)
+    if enough_to_reach_all(campaign.counts.launches, len(paths) + len(missing)):
+        for name in missing:
+            console.print(Text(f"never reached: {name}", style="yellow"))
+    elif missing:
+        text = (
+            f"{len(missing)} of {len(paths) + len(missing)} paths were not reached in so few cases"
+        )
+        console.print(Text(text, style="dim"))
     for reason, times in campaign.counts.refused.most_common(5):
         console.print(Text(f"not drawn, {times} times: {reason}", style="dim"), soft_wrap=True)
     for finding in campaign.findings.values():

@@ -44,7 +44,7 @@ class Recorder:
         selection: Mapping[str, Any] | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
-        self._path = path
+        self.path = path
         self._start = self._written = time.monotonic()
         self._earlier = 0.0
         self._head = {
@@ -78,8 +78,8 @@ class Recorder:
     def write(self, *, complete: bool) -> None:
         """Write the file, if there is one."""
         self._written = time.monotonic()
-        if self._path is not None:
-            write_json(self._path, self.record(complete=complete))
+        if self.path is not None:
+            write_json(self.path, self.record(complete=complete))
 
 
 def selection_of(selection: Selection) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def kept(
     outcomes = outcomes_of(record)
     for part in ("seed", "selection"):
         if record.get(part) != today[part]:
-            raise ValueError(f"it has {part} {record.get(part)}, and this run {today[part]}")
+            raise ValueError(_apart(part, record.get(part), today[part]))
     for name in _MACHINE:
         before, now = record["environment"].get(name), today["environment"].get(name)
         if before != now:
@@ -40,3 +40,22 @@ def kept(
         and code.get(outcome.kernel) == code_today[outcome.kernel]
     ]
     return found, record["seconds"]
+
+
+def _apart(part: str, before: Any, now: Any) -> str:
+    """How the seed or the selection of a record differs from that of this run, and what to do."""
+    pairs = {part: (before, now)}
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = [name for name in now if before.get(name) != now[name]]
+        pairs = {name: (before.get(name), now[name]) for name in names}
+    had = " ".join(_option(name, value) for name, (value, _) in pairs.items())
+    has = " ".join(_option(name, value) for name, (_, value) in pairs.items())
+    return f"it was made with {had}, and this run has {has}: state what it was made with"
+
+
+def _option(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"no --{name}"
+    if isinstance(value, list | tuple):
+        return f"--{name} {','.join(map(str, value))}" if value else f"no --{name}"
+    return f"--{name} {value}"

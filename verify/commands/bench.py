@@ -18,9 +18,10 @@ from ..timing import Effort, clock_of
 from .common import (
     add_common,
     check_names,
+    dtypes,
     integers,
+    on_a_gpu,
     package,
-    prepare,
     refuse_unused,
     separated,
     source_directory,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", type=separated, default=(), metavar="A,B", help="|".join(ROUTINGS)
     )
-    parser.add_argument("--dtypes", type=separated, default=(), metavar="A,B")
+    parser.add_argument("--dtypes", type=dtypes, default=(), metavar="A,B")
     parser.add_argument("--names", type=separated, default=(), metavar="GLOB,..", help="by name")
     parser.add_argument(
         "--full",
@@ -77,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.list:
         Console().print("\n".join(case.name for case in cases), markup=False, highlight=False)
         return 0
-    device = prepare(arguments.device)
+    device = on_a_gpu("bench", arguments.device)
     if arguments.cold and device.type != "cuda":
         raise SystemExit(f"--cold times compilations for a GPU, and the device is {device}")
     from ..bench_records import BenchRecord

@@ -163,7 +163,7 @@ def main(arguments: argparse.Namespace) -> int:
         complete = True
     finally:
         if recorder.outcomes:
-            recorder.write(complete=complete)
+            _write(recorder, console, complete=complete)
     if not recorder.outcomes:
         raise SystemExit("nothing was selected: no kernel has these cases, dtypes, modes and paths")
     print_report(
@@ -174,6 +174,16 @@ def main(arguments: argparse.Namespace) -> int:
     )
     wrong = any(not outcome.ok for outcome in recorder.outcomes)
     return int(_absent(selection, recorder.outcomes, device, console) or wrong)
+
+
+def _write(recorder: "Recorder", console: Console, *, complete: bool) -> None:
+    """Write the record; where the run was ended, say how it is gone on with."""
+    recorder.write(complete=complete)
+    if not complete:
+        text = "nothing of this run is kept; with --json FILE, --resume FILE goes on with it"
+        if recorder.path is not None:
+            text = f"the same options and --resume {recorder.path} go on"
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _open(problems: Sequence["Problem"], file: Path, recorder: "Recorder") -> tuple["Problem", ...]:

@@ -1,6 +1,7 @@
 """Options that several commands share, and the choice of what to check."""
 
 import argparse
+import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from ..environment import prepare_interpreter
 
 PACKAGE = "scattermoe_lora"
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_LISTED = 30
+"""Names that a refusal lists; of more, it lists the nearest."""
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +41,21 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         ("kernels", "names of kernels"),
         ("paths", "dispatch paths"),
         ("cases", "names of cases, or tags: smoke, edge, model, bench"),
-        ("dtypes", "float32, float16, bfloat16"),
         ("modes", "balanced, lora-only, exact"),
     ):
         parser.add_argument(f"--{option}", type=separated, default=(), metavar="A,B", help=meaning)
+    meaning = "float32, float16, bfloat16, or fp32, fp16, bf16"
+    parser.add_argument("--dtypes", type=dtypes, default=(), metavar="A,B", help=meaning)
 
 
 def separated(text: str) -> tuple[str, ...]:
     """Names between commas, for argparse."""
     return tuple(word for word in text.split(",") if word)
+
+
+def dtypes(text: str) -> tuple[str, ...]:
+    """Names of dtypes between commas, as torch has them or shorter, for argparse."""
+    return tuple(_SHORT.get(word, word) for word in separated(text))
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -130,9 +140,28 @@ def check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None
     """Refuse names that select nothing.
 
     Raises:
-        SystemExit: a name is unknown; the message lists the known ones.
+        SystemExit: a name is unknown; the message lists the known ones, of many the nearest.
     """
     known = list(dict.fromkeys(known))
     unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"--{option}: {', '.join(unknown)} is none of {', '.join(known)}")
+    if not unknown:
+        return
+    listed = ", ".join(known)
+    if len(known) > _LISTED:
+        near = [other for name in unknown for other in difflib.get_close_matches(name, known, n=5)]
+        listed = f"{len(known)} names" + (f"; near it: {', '.join(near)}" if near else "")
+    raise SystemExit(f"--{option}: {', '.join(unknown)} is none of {listed}")
+
+
+def on_a_gpu(which: str, device: str | None) -> torch.device:
+    """The device of a command whose times mean something on a GPU alone: a CPU has to be stated.
+
+    Raises:
+        SystemExit: no device is stated and there is no GPU, or there is no such device.
+    """
+    if device is None and not torch.cuda.is_available():
+        raise SystemExit(
+            f"{which} times kernels on a GPU, and there is none in use; --device cpu tries the "
+            "command in Triton's interpreter, whose times say nothing of a GPU"
+        )
+    return prepare(device)

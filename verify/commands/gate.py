@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import PACKAGE, add_common, count, prepare, refuse_unused, separated, source_directory
+from .common import PACKAGE, add_common, count, on_a_gpu, refuse_unused, separated, source_directory
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECORDS = Path(__file__).resolve().parent.parent / "records"
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise SystemExit("gate needs --against REV-or-directory, or --calibrate")
     if arguments.calibrate and arguments.plant:
         raise SystemExit("--calibrate compares equal revisions: nothing can be planted in one")
-    device = prepare(arguments.device)
+    device = on_a_gpu("gate", arguments.device)
     from ..gate import EXACT, exit_status
 
     if unknown := [name for name in arguments.accept if name not in EXACT]:

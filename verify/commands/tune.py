@@ -18,6 +18,7 @@ from .common import (
     amount,
     check_names,
     count,
+    dtypes,
     integers,
     package,
     positive,
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=integers, default=(16,), metavar="R,R", help="16")
     parser.add_argument(
-        "--dtypes", type=separated, default=("bfloat16",), metavar="A,B", help="bfloat16"
+        "--dtypes", type=dtypes, default=("bfloat16",), metavar="A,B", help="bfloat16"
     )
     parser.add_argument("--rounds", type=count, default=7, help="samples per candidate")
     parser.add_argument(
