@@ -58,3 +58,11 @@ def test_writing_a_layer():
     assert names["y"].shape == names["x"].shape
     assert names["y"].isfinite().all()
     assert names["y"].any()
+    sm = names["sm"]
+    orders = {"source": sm.RowOrder.TOKEN, "target": sm.RowOrder.SLOT}
+    usual = sm.expert_linear(
+        names["x"], names["w1"].mT, names["routing"], lora=names["lora"], **orders
+    )
+    assert len(names["plans"]) > 1
+    # Two sums of 256 products in fp32, whose sizes add up to about 10.
+    torch.testing.assert_close(names["h"], usual, rtol=0, atol=2 * 256 * 2.0**-24 * 20)
