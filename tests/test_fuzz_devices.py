@@ -20,8 +20,9 @@ from conftest import DEVICE
 from verify.cases import SMOKE
 from verify.commands import fuzz as command
 from verify.coverage import DIMENSIONS
+from verify.drawing import memory_needed
 from verify.draws import Draw
-from verify.fuzz import Campaign, Counts, Settings, has_room, memory_needed
+from verify.fuzz import Campaign, Counts, Settings, has_room
 from verify.fuzz_summary import print_summary
 from verify.parallel import footprint
 from verify.run import Outcome
@@ -63,6 +64,10 @@ def test_every_gpu_has_its_workers(tmp_path, workers):
     assert [pools for _, pools in campaign.started] == [True] + [False] * (len(names) - 1)
 
 
+def needed_by(draw: Draw) -> float:
+    return memory_needed(draw.kernel, draw.case, draw.dtype)
+
+
 @pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.name)
 def test_launches_beside_others_have_room_and_alone_they_always_may(spec):
     draws = [
@@ -71,12 +76,12 @@ def test_launches_beside_others_have_room_and_alone_they_always_may(spec):
         for tokens in (8, 4096)
     ]
     for draw in draws:
-        needed = memory_needed(draw)
+        needed = needed_by(draw)
         assert needed >= footprint(spec.name, draw.case)
         assert has_room(draw, [], memory=1)
         assert has_room(draw, draws, memory=0)
         for beside in (draws[:1], draws):
-            together = needed + sum(map(memory_needed, beside))
+            together = needed + sum(map(needed_by, beside))
             assert has_room(draw, beside, memory=1.5 * together)
             assert not has_room(draw, beside, memory=1.4 * together)
 
@@ -106,7 +111,7 @@ def test_a_draw_without_room_waits_for_it_and_is_not_overtaken(tmp_path):
         return process
 
     workers = [worker(0, "cuda:0"), worker(1, "cuda:0"), worker(2, "cuda:1")]
-    campaign._processes, campaign._memory = workers, 2 * memory_needed(campaign._next())
+    campaign._processes, campaign._memory = workers, 2 * needed_by(campaign._next())
     for number in (0, 1, 1, 2):
         campaign._assign(workers[number], going=True)
     assert told == [(0, 2), (2, 3)]

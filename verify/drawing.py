@@ -10,6 +10,8 @@ from typing import Any
 
 from .cases import LAYOUTS, ORDERS, VALUES, Case
 from .draws import LISTED_ONLY, Draw
+from .inputs import DTYPES
+from .parallel import footprint
 from .routings import DROPPING, TILE_HEIGHTS, RoutingKind
 from .shrink import possible
 from .spec import KernelSpec
@@ -40,6 +42,14 @@ _BEYOND = 2**31
 """Elements from which a 32-bit offset overflows."""
 
 
+ROOM = 0.7
+"""Share of a GPU's memory for all that is launched at a time; the contexts of the workers and what
+torch keeps for them take some of the rest.
+"""
+_SHARES = 4
+"""Of the largest launches, so many have room at a time."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How large a draw may be. memory: bytes. beyond: bytes for launches that pass 2^31 elements.
@@ -55,33 +65,37 @@ class Limits:
     work: float
     beyond: float = 0.0
 
-    def allow(self, case: Case, itemsize: int) -> bool:
+    def allow(self, kernel: str, case: Case, dtype: str = "float32") -> bool:
         """Whether a case is small enough."""
         work = case.k_in * case.n_out * (case.rows + case.experts)
-        return work <= self.work and memory_of(case, itemsize) <= self.memory
+        return work <= self.work and memory_needed(kernel, case, dtype) <= self.memory
 
 
 INTERPRETER = Limits(tokens=60, width=130, experts=8, rank=40, memory=2**30, work=2e6)
 
 
-def limits_of(memory: int, workers: int) -> Limits:
-    """Limits on a GPU with so many bytes that so many workers share; 0 bytes: the interpreter."""
+def limits_of(memory: int) -> Limits:
+    """Limits on a GPU with so many bytes; 0 bytes: the interpreter."""
     if not memory:
         return INTERPRETER
-    share = 0.6 * memory / workers
     return Limits(
         tokens=8192,
         width=4096,
         experts=1024,
         rank=256,
-        memory=share,
+        memory=ROOM * memory / _SHARES,
         work=4e10,
-        beyond=0.6 * memory,
+        beyond=ROOM * memory,
     )
 
 
-def memory_of(case: Case, itemsize: int) -> float:
-    """Bytes that a check of a case needs, truth, guards and copies included, generously."""
+def memory_needed(kernel: str, case: Case, dtype: str) -> float:
+    """Bytes that launching a case and judging it may take at a time."""
+    return max(_operands(case, DTYPES[dtype].itemsize), footprint(kernel, case))
+
+
+def _operands(case: Case, itemsize: int) -> float:
+    """Bytes of the operands of a case with their guards and copies, generously."""
     weight = case.experts * case.k_in * case.n_out * (4.0 + 4 * itemsize)
     rows = case.rows * (case.k_in + 8.0 * case.n_out) * 8
     adapter = case.experts * case.rank * (case.k_in + case.n_out) * (4.0 + 4 * itemsize)
@@ -186,7 +200,9 @@ class Drawing:
             }
             case = replace(draw.case, tokens=_BEYOND // 8192 + 77, **sizes)
         case = replace(case, name="beyond", routing=RoutingKind("uniform"))
-        if memory_of(case, 2) > self.limits.beyond or draw.dtype == "float32":
+        if draw.dtype == "float32":
+            return None
+        if memory_needed(draw.kernel, case, draw.dtype) > self.limits.beyond:
             return None
         return replace(draw, case=case, mode="balanced", stretch=True)
 
@@ -249,11 +265,11 @@ class Drawing:
         """
         if not possible(case):
             case = replace(case, top_k=min(case.top_k, case.experts))
-        while case.tokens > 1 and not self.limits.allow(case, 4):
+        while case.tokens > 1 and not self.limits.allow(spec.name, case):
             case = replace(case, tokens=case.tokens // 2)
-        while case.experts > case.top_k and not self.limits.allow(case, 4):
+        while case.experts > case.top_k and not self.limits.allow(spec.name, case):
             case = replace(case, experts=max(case.experts // 2, case.top_k))
-        return case if self.limits.allow(case, 4) and spec.admits(case) else otherwise
+        return case if self.limits.allow(spec.name, case) and spec.admits(case) else otherwise
 
     def _routing(self, *, drops: bool | None = None) -> RoutingKind:
         kinds = _KINDS

@@ -16,12 +16,10 @@ from typing import Any
 
 from . import findings as found
 from .coverage import Coverage, missing_paths
-from .drawing import Drawing, form_of, limits_of, memory_of
+from .drawing import ROOM, Drawing, form_of, limits_of, memory_needed
 from .draws import Draw
 from .findings import Finding
-from .inputs import DTYPES
 from .journal import Journal, read, unfinished
-from .parallel import footprint
 from .shrink import Shrinking
 from .spec import KernelSpec
 from .workers import Process, Start, listen
@@ -33,10 +31,6 @@ _COMPILING_SHARE = 0.5
 _STARTING = 300.0
 _SHORT = 10.0
 """Least patience, in seconds, with smaller launches of one that hung."""
-_ROOM = 0.7
-"""Share of a GPU's memory for all that is launched at a time; the contexts of the workers and what
-torch keeps for them take some of the rest.
-"""
 _STILLBORN = 5
 """Workers that may end before any launch came to an end."""
 
@@ -207,7 +201,7 @@ class Campaign:
             kernels={name: self._kernels[name] for name in self.pools if self._runnable(name)},
             pools=self.pools,
             fixed=self.fixed,
-            limits=limits_of(self._memory, self.settings.workers),
+            limits=limits_of(self._memory),
             random=self._random,
         )
 
@@ -393,18 +387,12 @@ class Campaign:
         found.write(self.directory / "findings", self.findings[finding.signature])
 
 
-def memory_needed(draw: Draw) -> float:
-    """Bytes that running a draw and judging it may take at a time."""
-    own = memory_of(draw.case, DTYPES[draw.dtype].itemsize)
-    return max(own, footprint(draw.kernel, draw.case))
-
-
 def has_room(draw: Draw, beside: Sequence[Draw], memory: float) -> bool:
     """Whether a draw can be launched beside others on a GPU with so many bytes (0: no GPU, and any
     number of bytes). Alone it always can: it is drawn to fit.
     """
-    needed = memory_needed(draw) + sum(map(memory_needed, beside))
-    return not (beside and memory) or needed <= _ROOM * memory
+    needed = sum(memory_needed(item.kernel, item.case, item.dtype) for item in (draw, *beside))
+    return not (beside and memory) or needed <= ROOM * memory
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
