@@ -70,7 +70,7 @@ def stages_of(
     """
     place = ("--device", device)
     common = (*place, "--seed", str(seed))
-    compiled = ("--full", "--parts", "kernels", "--arch", str(architecture))
+    own = ("--full", "--parts", "kernels", "--arch", str(architecture)) if architecture else ()
 
     def record(name: str) -> tuple[str, ...]:
         return ("--json", str(directory / f"{name}.json"))
@@ -83,10 +83,7 @@ def stages_of(
         ),
         Stage(
             name="compile",
-            words=(
-                *("compile", "--no-baseline", *(compiled if architecture else ())),
-                *record("compile"),
-            ),
+            words=("compile", "--no-baseline", *own, *record("compile")),
             purpose="every plan compiles within the limits of the device",
         ),
         Stage(
@@ -96,10 +93,7 @@ def stages_of(
         ),
         Stage(
             name="check-plans",
-            words=(
-                *("check", "--full", "--cases", "tails,holes", *common),
-                *record("check-plans"),
-            ),
+            words=("check", "--full", "--cases", "tails,holes", *common, *record("check-plans")),
             purpose="so is every plan, in every dtype",
         ),
         Stage(

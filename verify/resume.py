@@ -23,9 +23,14 @@ def kept(
     """
     record = read_record(file)
     outcomes = outcomes_of(record)
-    for part in ("seed", "selection"):
-        if record.get(part) != today[part]:
-            raise ValueError(_apart(part, record.get(part), today[part]))
+    had, has = _asked(record), _asked(today)
+    if apart := [name for name in {**had, **has} if had.get(name) != has.get(name)]:
+        before, now = (
+            " ".join(_option(name, asked.get(name)) for name in apart) for asked in (had, has)
+        )
+        raise ValueError(
+            f"it was made with {before}, and this run has {now}: state what it was made with"
+        )
     for name in _MACHINE:
         before, now = record["environment"].get(name), today["environment"].get(name)
         if before != now:
@@ -42,20 +47,13 @@ def kept(
     return found, record["seconds"]
 
 
-def _apart(part: str, before: Any, now: Any) -> str:
-    """How the seed or the selection of a record differs from that of this run, and what to do."""
-    pairs = {part: (before, now)}
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names = [name for name in now if before.get(name) != now[name]]
-        pairs = {name: (before.get(name), now[name]) for name in names}
-    had = " ".join(_option(name, value) for name, (value, _) in pairs.items())
-    has = " ".join(_option(name, value) for name, (_, value) in pairs.items())
-    return f"it was made with {had}, and this run has {has}: state what it was made with"
+def _asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was asked for, by the names of its options."""
+    return {"seed": record.get("seed"), **(record.get("selection") or {})}
 
 
 def _option(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"no --{name}"
-    if isinstance(value, list | tuple):
-        return f"--{name} {','.join(map(str, value))}" if value else f"no --{name}"
-    return f"--{name} {value}"
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    if text is None or text is False or text == "":
+        return f"no --{name}"
+    return f"--{name}" if text is True else f"--{name} {text}"
