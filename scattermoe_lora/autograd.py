@@ -41,6 +41,12 @@ class Plans:
     input_grad: Plan | None = None
     weight_grad: Plan | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "input_grad", "weight_grad"):
+            plan = getattr(self, name)
+            if plan is not None:
+                check_type(f"the plan of {name}", plan, Plan)
+
 
 CHOSEN = Plans()
 
@@ -260,10 +266,31 @@ def check_projection(
         TypeError, ValueError: an operand does not fit.
     """
     check_rows("x", x, routing, source)
-    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
+    check_stack_of(x, weight, lora, bias, routing, x.shape[1], part="", x_name="x")
+
+
+def check_stack_of(
+    x: Tensor,
+    weight: Tensor | BlockedWeight,
+    lora: LoRAWeights | None,
+    bias: Tensor | None,
+    routing: Routing,
+    width: int,
+    *,
+    part: str,
+    x_name: str,
+) -> None:
+    """What rows [rows, width] demand of weight, adapter and bias, in the dtype of x.
+
+    part: what stands before the names of these in a refusal.
+    """
+    check_weight(
+        f"{part}weight", weight, routing,
+        width=width, dtype=x.dtype, device=x.device, x_name=x_name,
+    )  # fmt: skip
     if lora is not None:
-        check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
-    check_bias(bias, routing, weight.shape[2], x.device)
+        check_lora(lora, routing, width, weight.shape[2], x, name=f"{part}lora", x_name=x_name)
+    check_bias(bias, routing, weight.shape[2], x.device, name=f"{part}bias", x_name=x_name)
 
 
 def product(

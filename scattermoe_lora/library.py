@@ -23,7 +23,7 @@ from .layers.experts_mlp import (
     LayerCall,
     Operands,
     Projection,
-    check_down,
+    check_layer,
     mlp_backward,
     mlp_forward,
 )
@@ -240,9 +240,9 @@ def experts_mlp(
     activation = Activation(
         gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved
     )
-    check_projection(x, w1, _adapter(a1, b1, scaling1), bias1, routing, RowOrder.TOKEN)
+    gate_up = Projection(weight=w1, lora=_adapter(a1, b1, scaling1), bias=bias1)
     down = Projection(weight=w2, lora=_adapter(a2, b2, scaling2), bias=bias2)
-    check_down(x, down, routing, width=w1.shape[2] // 2)
+    check_layer(x, gate_up, down, routing)
     call = _layer_call(routing, (scaling1, scaling2), activation)
     operands = Operands(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
     out, made = mlp_forward(operands, call)

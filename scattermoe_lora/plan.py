@@ -405,7 +405,13 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
 
     Tiles vary around the choice and stay within the shared memory of the device; none has more
     than 192 accumulators per thread.
+
+    Raises:
+        TypeError: `device` is none of `Device.of`.
     """
+    if not isinstance(device, Device):
+        kind = type(device).__name__
+        raise TypeError(f"device must be the facts that Device.of tells of a device, got {kind}")
     base = choose(problem, device)
     plans = [base]
     plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])

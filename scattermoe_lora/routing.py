@@ -13,6 +13,7 @@ rows offsets[experts] .. rows are dropped.
 """
 
 import enum
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ._row_tiles import row_tiles
 from ._sort import sort_by_expert
+
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class RowOrder(enum.Enum):
@@ -113,15 +116,32 @@ class Routing:
 
     @classmethod
     def from_sorted(
-        cls, expert_of_row: Tensor, slots: Tensor, *, top_k: int, experts: int
+        cls,
+        expert_of_row: Tensor,
+        slots: Tensor,
+        *,
+        top_k: int,
+        experts: int,
+        validate: bool | None = None,
     ) -> "Routing":
-        """A routing from rows that are sorted already: ids ascending, and the slot of each row.
+        """A routing from rows that are sorted already: the expert and the slot of each.
+
+        Args:
+            expert_of_row: [rows], ascending from 0; `experts` or more for dropped rows.
+            slots: [rows], each of 0 to rows - 1 once. Other values make kernels write elsewhere.
+            validate: whether to check the values, which synchronises with the host on a GPU. Unless
+                stated, those on a CPU are checked, except under torch.compile.
 
         Raises:
             TypeError: an argument is not an integer tensor.
-            ValueError: shapes differ, or the number of rows is not a multiple of `top_k`.
+            ValueError: shapes differ, the number of rows is not a multiple of `top_k`, or a checked
+                value is none of those above.
         """
         _check_sorted(expert_of_row, slots, top_k, experts)
+        if validate is None:
+            validate = slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        if validate:
+            _check_sorted_values(expert_of_row, slots)
         keys = expert_of_row.clamp(max=experts).to(torch.int32)
         bounds = torch.arange(experts + 1, dtype=torch.int32, device=slots.device)
         offsets = torch.searchsorted(keys, bounds, out_int32=True)
@@ -139,8 +159,8 @@ class Routing:
 def _check_top_k(top_k_index: Tensor, experts: int, *, sentinels: bool) -> None:
     if not isinstance(top_k_index, Tensor):
         raise TypeError(f"top_k_index must be a tensor, got {type(top_k_index).__name__}")
-    if top_k_index.dtype.is_floating_point or top_k_index.dtype in (torch.bool, torch.complex64):
-        raise TypeError(f"top_k_index must hold integers, got {top_k_index.dtype}")
+    _check_integers("top_k_index", top_k_index)
+    _check_count("experts", experts)
     if top_k_index.ndim != 2:
         raise ValueError(
             f"top_k_index must be [tokens, top_k], got shape {list(top_k_index.shape)}"
@@ -154,6 +174,17 @@ def _check_top_k(top_k_index: Tensor, experts: int, *, sentinels: bool) -> None:
         raise ValueError(f"top_k_index chooses {top_k} experts per token, but there are {experts}")
     if tokens * top_k >= 2**31:
         raise ValueError(f"{tokens} tokens x {top_k} choices exceed 2^31 - 1 rows")
+
+
+def _check_integers(name: str, value: Tensor) -> None:
+    if value.dtype not in INDEX_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INDEX_DTYPES)
+        raise TypeError(f"{name} must hold integers, got {value.dtype}; {names} are taken")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def _check_values(top_k_index: Tensor, experts: int) -> None:
@@ -172,15 +203,38 @@ def _check_sorted(expert_of_row: Tensor, slots: Tensor, top_k: int, experts: int
     for name, value in (("expert_of_row", expert_of_row), ("slots", slots)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype.is_floating_point or value.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        _check_integers(name, value)
         if value.ndim != 1:
             raise ValueError(f"{name} must be [rows], got shape {list(value.shape)}")
     if expert_of_row.numel() != slots.numel():
         raise ValueError(
             f"expert_of_row has {expert_of_row.numel()} rows but slots has {slots.numel()}"
         )
+    _check_count("top_k", top_k)
+    _check_count("experts", experts)
     if top_k < 1 or experts < 1:
         raise ValueError(f"top_k and experts must be at least 1, got {top_k} and {experts}")
     if slots.numel() % top_k:
         raise ValueError(f"{slots.numel()} rows are not a multiple of top_k = {top_k}")
+
+
+def _check_sorted_values(expert_of_row: Tensor, slots: Tensor) -> None:
+    rows = slots.numel()
+    if rows == 0:
+        return
+    if (lowest := int(expert_of_row[0])) < 0:
+        raise ValueError(f"expert_of_row begins with {lowest}, but experts are numbered from 0")
+    falling = (expert_of_row[1:] < expert_of_row[:-1]).nonzero()
+    if falling.numel():
+        row = int(falling[0]) + 1
+        raise ValueError(
+            f"expert_of_row must be ascending, but is {int(expert_of_row[row])} in row {row} after "
+            f"{int(expert_of_row[row - 1])}"
+        )
+    low, high = (int(value) for value in torch.aminmax(slots))
+    if low < 0 or high >= rows:
+        raise ValueError(f"slots holds {low if low < 0 else high}, but slots are 0 to {rows - 1}")
+    times = torch.bincount(slots.long(), minlength=rows)
+    if int(times.max()) > 1:
+        slot = int(times.argmax())
+        raise ValueError(f"slots holds {slot} {int(times[slot])} times, but each slot is one row")

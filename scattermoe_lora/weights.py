@@ -1,6 +1,7 @@
 """The weights of a routed projection: stacks that come in blocks, and LoRA factors of experts."""
 
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,7 +41,7 @@ class LoRAWeights:
     device.
 
     Raises:
-        TypeError: a factor is no floating-point tensor.
+        TypeError: a factor is no floating-point tensor, or scaling is no number.
         ValueError: shapes or devices of the factors do not fit, or scaling is not finite.
     """
 
@@ -72,6 +73,10 @@ class LoRAWeights:
             raise ValueError(f"lora.a is on {self.a.device} but lora.b is on {self.b.device}")
         if self.a.dtype != self.b.dtype:
             raise TypeError(f"lora.a is {self.a.dtype} but lora.b is {self.b.dtype}")
+        if not isinstance(self.scaling, numbers.Real | torch.SymFloat | torch.SymInt):
+            raise TypeError(
+                f"scaling must be a number, got {type(self.scaling).__name__}; it is not trained"
+            )
         if not math.isfinite(self.scaling):
             raise ValueError(f"scaling must be finite, got {self.scaling}")
 

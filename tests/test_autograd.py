@@ -381,8 +381,12 @@ def test_an_expert_that_no_block_may_hold_is_refused(device):
 
 BAD = {
     "x is float64": (lambda t: {"x": t.x.double()}, TypeError, "float64"),
-    "x of other dtype": (lambda t: {"x": t.x.half()}, TypeError, "float32 but x is"),
-    "x too narrow": (lambda t: {"x": t.x[:, :-1]}, ValueError, f"{HIDDEN} but x has {HIDDEN - 1}"),
+    "x of other dtype": (lambda t: {"x": t.x.half()}, TypeError, "float32 but hidden is"),
+    "x too narrow": (
+        lambda t: {"x": t.x[:, :-1]},
+        ValueError,
+        f"{HIDDEN} but hidden has {HIDDEN - 1}",
+    ),
     "x too short": (lambda t: {"x": t.x[:-1]}, ValueError, f"{TOKENS - 1} rows"),
     "weights swapped": (
         lambda t: {"weights": (t.w2.mT, t.w1.mT)},
@@ -397,7 +401,7 @@ BAD = {
     "adapters swapped": (
         lambda t: {"loras": t.loras()[::-1]},
         ValueError,
-        f"width {WIDTH} but x has width {HIDDEN}",
+        f"width {WIDTH} but hidden has width {HIDDEN}",
     ),
 }
 

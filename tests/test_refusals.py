@@ -337,9 +337,9 @@ REFUSED = {
         ("dact", torch.Tensor.half, TypeError, "dact is torch.float16 but h is torch.float32"),
     ),
     experts_mlp: (
-        *rows_of("x", TOKENS)[1:2],
+        *rows_of("x", TOKENS, "hidden")[1:2],
         ("x", lambda v: v[0], ValueError, f"hidden must be [tokens, H], got shape {[K]}"),
-        ("x", torch.Tensor.double, TypeError, "x must be float32, float16 or bfloat16"),
+        ("x", torch.Tensor.double, TypeError, "hidden must be float32, float16 or bfloat16"),
         *GATED, ROUTING,
         ("activation", listed, TypeError, "activation must be of type Activation, got list"),
         ("x", listed, TypeError, "hidden must be a tensor, got list"),
@@ -350,8 +350,8 @@ REFUSED = {
                 (listed, name, "be of type Projection"),
                 (having("weight", listed), f"{name}.weight", "be a tensor or come in blocks"),
                 (having("plans", listed), f"{name}.plans", "be of type Plans"),
-                (having("lora", listed), "lora", "be of type LoRAWeights"),
-                (having("bias", listed), "bias", "be a tensor"),
+                (having("lora", listed), f"{name}.lora", "be of type LoRAWeights"),
+                (having("bias", listed), f"{name}.bias", "be a tensor"),
             )
         ),
         *(
@@ -362,17 +362,18 @@ REFUSED = {
         ("down", having("weight", lambda w: w[:, :-1]), ValueError, f"input width {N - 1} of down"),
         *(
             (name, having(*change), error, words)
-            for name, weight, n in (("gate_up", "weight", 2 * N), ("down", "down.weight", K))
+            for name, n in (("gate_up", 2 * N), ("down", K))
             for change, error, words in (
-                (("weight", away), ValueError, f"{weight} is on meta but x is on"),
-                (("weight", fewer), ValueError, f"{weight} {EXPERTS_LOST}"),
-                (("weight", torch.Tensor.half), TypeError, f"{weight} is torch.float16 but x is"),
-                (("bias", away), ValueError, "bias is on meta but x is on"),
-                (("bias", narrow), ValueError, f"{[EXPERTS, n]}, got {[EXPERTS, n - 1]}"),
-                (("lora", away), ValueError, "lora is on meta but x is on"),
-                (("lora", wide), ValueError, "lora.a takes inputs of width"),
+                (("weight", away), ValueError, f"{name}.weight is on meta but hidden is on"),
+                (("weight", fewer), ValueError, f"{name}.weight {EXPERTS_LOST}"),
+                (("weight", torch.Tensor.half), TypeError, f"{name}.weight is torch.float16 but"),
+                (("bias", torch.Tensor.int), TypeError, f"{name}.bias must be floating point"),
+                (("bias", away), ValueError, f"{name}.bias is on meta but hidden is on"),
+                (("bias", narrow), ValueError, f"{name}.bias must have shape {[EXPERTS, n]}, got"),
+                (("lora", away), ValueError, f"{name}.lora is on meta but hidden is on"),
+                (("lora", wide), ValueError, f"{name}.lora.a takes inputs of width"),
                 (("lora", tall), ValueError, f"output width {n - 1} but the weight has {n}"),
-                (("lora", factors(fewer)), ValueError, EXPERTS_LOST),
+                (("lora", factors(fewer)), ValueError, f"{name}.lora {EXPERTS_LOST}"),
             )
         ),
     ),
@@ -436,7 +437,15 @@ VALUES = (
     *((made(sm.Activation, gate=ops.Gate.TANH, **wrong), ValueError, "tanh gate has alpha 1 and")
       for wrong in ({"alpha": 1.5}, {"shift": 1.0})),
     *((from_top_k(torch.ones(2, 2, dtype=dtype)), TypeError, f"must hold integers, got {dtype}")
-      for dtype in (torch.float32, torch.bool, torch.complex64)),
+      for dtype in (torch.float32, torch.bool, torch.complex64, torch.complex128, torch.uint16)),
+    *((from_top_k(IDS[None], count), TypeError, f"experts must be an integer, got {name}")
+      for count, name in ((4.0, "float"), (torch.tensor(4), "Tensor"))),
+    *((made(sm.LoRAWeights, a=ROW, b=ROW, scaling=wrong), TypeError, f"be a number, got {name}")
+      for wrong, name in ((torch.tensor(2.0, requires_grad=True), "Tensor"), ("2", "str"),
+                          (None, "NoneType"))),
+    *((made(sm.Plans, **{name: "gram"}), TypeError, f"the plan of {name} must be of type Plan")
+      for name in ("forward", "input_grad", "weight_grad")),
+    (lambda: sm.candidates(None, "cpu"), TypeError, "that Device.of tells of a device, got str"),
     (from_top_k([[0, 1]]), TypeError, "top_k_index must be a tensor, got list"),
     (from_sorted([0], IDS), TypeError, "expert_of_row must be a tensor, got list"),
     (from_sorted(IDS, [0]), TypeError, "slots must be a tensor, got list"),
@@ -454,9 +463,6 @@ VALUES = (
     *((from_sorted(*pair), TypeError, f"{name} must hold integers, got {dtype}")
       for dtype in (torch.float32, torch.bool)
       for name, pair in (("expert_of_row", (IDS.to(dtype), IDS)), ("slots", (IDS, IDS.to(dtype))))),
-    (from_sorted(IDS[None], IDS), ValueError, "expert_of_row must be [rows], got shape [1, 3]"),
-    (from_sorted(IDS, IDS[None]), ValueError, "slots must be [rows], got shape [1, 3]"),
-    (from_sorted(IDS, IDS[1:]), ValueError, "expert_of_row has 3 rows but slots has 2"),
     (from_sorted(IDS, IDS, top_k=0), ValueError, "must be at least 1, got 0 and 3"),
     (from_sorted(IDS, IDS, experts=0), ValueError, "must be at least 1, got 1 and 0"),
     (from_sorted(IDS, IDS, top_k=2), ValueError, "3 rows are not a multiple of top_k = 2"),

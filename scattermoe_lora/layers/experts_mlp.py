@@ -20,7 +20,7 @@ from ..autograd import (
     CHOSEN,
     Call,
     Plans,
-    check_projection,
+    check_stack_of,
     gradient_shrink,
     input_grad,
     product,
@@ -34,13 +34,11 @@ from ..ops import (
     glu_forward,
 )
 from ..ops._check import (
-    check_bias,
     check_gates,
-    check_lora,
+    check_rows,
     check_stack,
     check_tensor,
     check_type,
-    check_weight,
 )
 from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder
@@ -126,8 +124,7 @@ def experts_mlp(
     compiling = torch.compiler.is_compiling()
     if compiling and _traceable(gate_up) and _traceable(down):
         return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
-    check_projection(hidden, gate_up.weight, gate_up.lora, gate_up.bias, routing, RowOrder.TOKEN)
-    check_down(hidden, down, routing, width=gate_up.weight.shape[2] // 2)
+    check_layer(hidden, gate_up, down, routing)
     call = LayerCall(
         gate_up=_call(gate_up, routing, RowOrder.TOKEN, RowOrder.EXPERT),
         down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
@@ -286,14 +283,19 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
     return replace(projection, weight=weight, lora=lora)
 
 
-def check_down(hidden: Tensor, down: Projection, routing: Routing, *, width: int) -> None:
-    """What the second projection demands; its input [rows, width] has the dtype of hidden."""
-    dtype, device = hidden.dtype, hidden.device
-    check_weight("down.weight", down.weight, routing, width=width, dtype=dtype, device=device)
-    n = down.weight.shape[2]
-    if down.lora is not None:
-        check_lora(down.lora, routing, width, n, hidden)
-    check_bias(down.bias, routing, n, hidden.device)
+def check_layer(hidden: Tensor, gate_up: Projection, down: Projection, routing: Routing) -> None:
+    """What both projections demand of operands in the dtype of hidden.
+
+    Raises:
+        TypeError, ValueError: an operand does not fit.
+    """
+    check_rows("hidden", hidden, routing, RowOrder.TOKEN)
+    widths = (hidden.shape[1], gate_up.weight.shape[2] // 2)
+    for name, part, width in zip(("gate_up", "down"), (gate_up, down), widths, strict=True):
+        check_stack_of(
+            hidden, part.weight, part.lora, part.bias, routing, width,
+            part=f"{name}.", x_name="hidden",
+        )  # fmt: skip
 
 
 def _check_widths(

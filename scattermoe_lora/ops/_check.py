@@ -74,36 +74,47 @@ def check_weight(
     width: int,
     dtype: torch.dtype,
     device: torch.device,
+    x_name: str = "x",
 ) -> None:
     """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks."""
     check_stack(name, weight)
     if len(weight.shape) != 3:
         raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
     if isinstance(weight, Tensor) and weight.dtype != dtype:
-        raise TypeError(f"{name} is {weight.dtype} but x is {dtype}")
+        raise TypeError(f"{name} is {weight.dtype} but {x_name} is {dtype}")
     if weight.device != device:
-        raise ValueError(f"{name} is on {weight.device} but x is on {device}")
+        raise ValueError(f"{name} is on {weight.device} but {x_name} is on {device}")
     if weight.shape[0] != routing.experts:
         raise ValueError(
             f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"
         )
     if weight.shape[1] != width:
-        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but x has {width}")
+        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but {x_name} has {width}")
     if min(weight.shape) < 1:
         raise ValueError(f"{name} must not be empty, got shape {list(weight.shape)}")
 
 
-def check_bias(bias: Tensor | None, routing: Routing, width: int, device: torch.device) -> None:
+def check_bias(
+    bias: Tensor | None,
+    routing: Routing,
+    width: int,
+    device: torch.device,
+    *,
+    name: str = "bias",
+    x_name: str = "x",
+) -> None:
     """A bias [experts, width] of any floating dtype."""
     if bias is None:
         return
-    check_tensor("bias", bias)
+    check_tensor(name, bias)
     if not bias.dtype.is_floating_point:
-        raise TypeError(f"bias must be floating point, got {bias.dtype}")
+        raise TypeError(f"{name} must be floating point, got {bias.dtype}")
     if tuple(bias.shape) != (routing.experts, width):
-        raise ValueError(f"bias must have shape {[routing.experts, width]}, got {list(bias.shape)}")
+        raise ValueError(
+            f"{name} must have shape {[routing.experts, width]}, got {list(bias.shape)}"
+        )
     if bias.device != device:
-        raise ValueError(f"bias is on {bias.device} but x is on {device}")
+        raise ValueError(f"{name} is on {bias.device} but {x_name} is on {device}")
 
 
 def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
@@ -132,19 +143,32 @@ def check_gates(gates: Tensor | None, routing: Routing) -> None:
     check_row_scale("gates", gates, routing)
 
 
-def check_lora(lora: LoRAWeights, routing: Routing, k: int, n: int, x: Tensor) -> None:
+def check_lora(
+    lora: LoRAWeights,
+    routing: Routing,
+    k: int,
+    n: int,
+    x: Tensor,
+    *,
+    name: str = "lora",
+    x_name: str = "x",
+) -> None:
     """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32."""
-    check_type("lora", lora, LoRAWeights)
+    check_type(name, lora, LoRAWeights)
     if lora.experts != routing.experts:
-        raise ValueError(f"lora has {lora.experts} experts but the routing has {routing.experts}")
+        raise ValueError(f"{name} has {lora.experts} experts but the routing has {routing.experts}")
     if lora.a.shape[2] != k:
-        raise ValueError(f"lora.a takes inputs of width {lora.a.shape[2]} but x has width {k}")
+        raise ValueError(
+            f"{name}.a takes inputs of width {lora.a.shape[2]} but {x_name} has width {k}"
+        )
     if lora.b.shape[1] != n:
-        raise ValueError(f"lora.b has output width {lora.b.shape[1]} but the weight has {n}")
+        raise ValueError(f"{name}.b has output width {lora.b.shape[1]} but the weight has {n}")
     if lora.a.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"lora is {lora.a.dtype}; with x in {x.dtype} it must be that or float32")
+        raise TypeError(
+            f"{name} is {lora.a.dtype}; with {x_name} in {x.dtype} it must be that or float32"
+        )
     if lora.a.device != x.device:
-        raise ValueError(f"lora is on {lora.a.device} but x is on {x.device}")
+        raise ValueError(f"{name} is on {lora.a.device} but {x_name} is on {x.device}")
 
 
 def w_map(weight: Tensor) -> str:

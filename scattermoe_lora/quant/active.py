@@ -59,7 +59,7 @@ class ActiveExperts:
         compact = torch.searchsorted(ids, routing.expert_of_row.to(ids.dtype))
         return cls(
             routing=Routing.from_sorted(
-                compact, routing.slots, top_k=routing.top_k, experts=ids.numel()
+                compact, routing.slots, top_k=routing.top_k, experts=ids.numel(), validate=False
             ),
             ids=ids,
         )
