@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from verify import cli
+from verify.children import cores
 from verify.commands import doctor
 
 pytestmark = pytest.mark.correctness
@@ -123,3 +124,14 @@ def test_a_command_runs_in_a_thread_too(monkeypatch):
     thread.start()
     thread.join(60)
     assert found == [7]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_cores_are_those_that_this_process_may_use():
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(every)})
+    try:
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, every)
+    assert cores() == len(every)

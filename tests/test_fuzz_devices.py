@@ -152,7 +152,7 @@ def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
         facts = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-        monkeypatch.setattr(command.os, "cpu_count", lambda: processors)
+        monkeypatch.setattr(command, "cores", lambda: processors)
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         arguments = parser.parse_args(["--directory", str(tmp_path / "new")])

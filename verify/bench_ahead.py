@@ -5,7 +5,6 @@ Every process runs each distinct problem once; Triton's cache on disk carries th
 
 import hashlib
 import importlib
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
@@ -17,7 +16,7 @@ import torch
 from .bench_arms import arm_of
 from .bench_cases import BenchCase, multiplied_as
 from .bench_inputs import draw
-from .children import pool
+from .children import cores, pool
 from .revision import load
 
 PROCESSES = 12
@@ -43,7 +42,7 @@ def compile_ahead(
             plain, kind="layer", what="step", projection="", tokens=case.tokens, rank=case.rank
         )
         jobs.setdefault(job, {})[plain] = None
-    workers = max(1, min(processes, len(jobs), (os.cpu_count() or 2) - 1))
+    workers = max(1, min(processes, len(jobs), cores() - 1))
     with pool(workers) as executor:
         waiting = {
             executor.submit(run_once, tuple(found), str(device), tree): job.name

@@ -11,6 +11,11 @@ from multiprocessing import connection
 from typing import Any
 
 
+def cores() -> int:
+    """Processors that this process may use: of a machine's, batch systems give some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def pool(
     count: int, begin: Callable[..., Any] | None = None, *arguments: Any

@@ -8,8 +8,11 @@ faster by more than the spread between two timings of it.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from types import ModuleType
 from typing import Any
@@ -45,7 +48,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """The winner of one bucket, its time and the heuristic's, in milliseconds."""
+    """The winner of one bucket, its time and the heuristic's, in milliseconds.
+
+    times: those of every plan that may win, in parts of no rows.
+    """
 
     target: Target
     bucket: str
@@ -54,10 +60,13 @@ class Finding:
     heuristic_ms: float
     tried: int
     wrong: tuple[str, ...]
+    times: Mapping[Any, float]
 
 
 DENSE_ONLY = ("fused", "grouped_mm")
 """Paths that never win a bucket: it is shared with experts that are decoded block by block."""
+SETTLING = 1.03
+"""What one plan for all row counts may cost in each, as a ratio to the best there."""
 
 OPERATIONS = ("lora_forward", "lora_input_grad", "lora_weight_grad")
 PROJECTIONS = ("gate_up", "down")
@@ -208,7 +217,37 @@ def search(trial: Trial, clock: Clock, rounds: int) -> Finding:
         heuristic_ms=first,
         tried=len(kept),
         wrong=tuple(wrong),
+        times={replace(kept[index], part_rows=0): times[index] for index in general},
     )
+
+
+def settle(findings: Sequence[Finding]) -> list[Finding]:
+    """One plan for all row counts of the same product, where one costs little in each.
+
+    A model's first step with another number of tokens then compiles nothing: what it would wait for
+    takes seconds, and what it would gain microseconds.
+    """
+    same = defaultdict(list)
+    for finding in findings:
+        same[re.sub(r" m\d+ ", " ", finding.bucket)].append(finding)
+    settled = {}
+    for group in same.values():
+        plan = _shared(group) if len(group) > 1 else None
+        for finding in group:
+            settled[finding.target] = (
+                finding if plan is None else replace(finding, plan=plan, ms=finding.times[plan])
+            )
+    return [settled[finding.target] for finding in findings]
+
+
+def _shared(findings: Sequence[Finding]) -> Any | None:
+    """The plan that costs least in the geometric mean of all, if it costs little in each."""
+    ratios = {}
+    for plan in findings[0].times:
+        found = [f.times.get(plan, math.inf) / min(f.times.values()) for f in findings]
+        if max(found) <= SETTLING:
+            ratios[plan] = math.prod(found)
+    return min(ratios, key=ratios.__getitem__, default=None)
 
 
 def _bound(trial: Trial, plan: Any) -> Callable[[], object]:

@@ -1,7 +1,6 @@
 """Every kernel, path, case and dtype against the truth."""
 
 import argparse
-import os
 import shlex
 import tempfile
 import time
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..children import cores
 from .common import (
     add_common,
     add_selection,
@@ -85,8 +85,7 @@ class Replays:
 
 
 def _processes(device: torch.device) -> int:
-    cores = os.cpu_count() or 1
-    return cores if device.type == "cpu" else min(cores, _PER_GPU)
+    return cores() if device.type == "cpu" else min(cores(), _PER_GPU)
 
 
 def _place(arguments: argparse.Namespace) -> Path | None:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..children import pool
+from ..children import cores, pool
 from .common import PACKAGE, add_json, count, refuse_unused
 
 _INTERVAL = 10.0
@@ -225,7 +225,7 @@ def _compile(
 ) -> None:
     """Compile what has no outcome yet, in processes of their own."""
     open_jobs = [job for job in wanted if job.key not in outcomes]
-    processes = min(arguments.jobs or os.cpu_count() or 1, max(len(open_jobs), 1))
+    processes = min(arguments.jobs or cores(), max(len(open_jobs), 1))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -265,7 +265,7 @@ def _footprints(
     numbers: Iterable[int], baseline: Baseline | None, arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Outcomes of every benchmark case, an architecture per process."""
-    processes = arguments.jobs or os.cpu_count() or 1
+    processes = arguments.jobs or cores()
     console = Console(stderr=True)
     found: dict[str, dict[str, Any]] = {}
     with (

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import os
 import random
 import time
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
+from ..children import cores
 from .common import (
     add_device,
     add_json,
@@ -197,7 +197,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path
     workers = 1
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        workers = usual_workers((os.cpu_count() or 1) // len(devices), memory)
+        workers = usual_workers(cores() // len(devices), memory)
     return directory, Settings(
         devices=devices,
         seed=arguments.seed or 0,

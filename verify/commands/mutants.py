@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..children import cores
 from .common import (
     add_common,
     amount,
@@ -126,7 +126,7 @@ def main(arguments: argparse.Namespace) -> int:
 
             try_all(
                 [c.task(0 if c.by_hand else _limit(arguments)) for c in open_ones],
-                jobs=arguments.jobs or os.cpu_count() or 1,
+                jobs=arguments.jobs or cores(),
                 device=str(device),
                 seconds=_SECONDS[device.type],
                 found=found,

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..children import cores
 from .common import (
     add_device,
     add_json,
@@ -123,7 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
         device=str(device),
         tree=str(tree) if arguments.tree else "",
         batch=arguments.batch,
-        processes=arguments.workers or min(8, max(1, (os.cpu_count() or 2) // 2)),
+        processes=arguments.workers or min(8, max(1, cores() // 2)),
     )
     end = time.monotonic() + 60 * (arguments.minutes or 1e6)
     columns = (

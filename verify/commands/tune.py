@@ -4,9 +4,11 @@ import argparse
 import importlib
 import math
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +28,9 @@ from .common import (
     separated,
     source_directory,
 )
+
+if TYPE_CHECKING:
+    from ..tune import Finding, Target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,12 +72,10 @@ def main(arguments: argparse.Namespace) -> int:
         SystemExit: an option names nothing that is known, or there is no GPU and no --table.
     """
     device = prepare(arguments.device)
-    from ..bench_cases import BUILT_IN, shape_of
     from ..environment import environment
-    from ..inputs import DTYPES
     from ..records import SCHEMA, fingerprints, write_json
     from ..specs import KERNELS
-    from ..tune import Trial, clock_for, compile_ahead, search, targets
+    from ..tune import Trial, clock_for, compile_ahead, search, settle
 
     lib = package()
     plan_table = importlib.import_module(f"{lib.__name__}.plan_table")
@@ -84,19 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
             "tune times plans on a GPU, and there is none in use; --table FILE tries the search in "
             "Triton's interpreter, whose times say nothing of a GPU"
         )
-    check_names("dtypes", arguments.dtypes, DTYPES)
-    models = arguments.models or (BUILT_IN if gpu else ("tiny",))
-    try:
-        for name in models:
-            shape_of(name)
-    except ValueError as error:
-        raise SystemExit(f"--models: {error}") from None
-    wanted = targets(
-        models,
-        arguments.tokens or ((2048, 8192) if gpu else (24,)),
-        arguments.ranks,
-        [DTYPES[name] for name in arguments.dtypes],
-    )
+    wanted = _targets(arguments, gpu=gpu)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "command": "tune",
@@ -110,36 +101,33 @@ def main(arguments: argparse.Namespace) -> int:
         for failure in compile_ahead(wanted, device, arguments.jobs):
             console.print(f"does not run: {failure}", markup=False)
     facts = lib.Device.of(device)
-    plans, findings = {}, []
+    findings: list[Finding] = []
     clock = clock_for(device)
     with Progress(console=console, transient=True) as progress:
         for target in progress.track(wanted, description="tune"):
             if time.monotonic() - start > 60 * arguments.minutes:
                 console.print(f"stopped after {arguments.minutes} minutes at {target.name}")
                 break
-            finding = search(Trial(lib, target, device), clock, arguments.rounds)
-            findings.append(finding)
-            plans[finding.bucket] = finding.plan
-            record["plans"].append(
-                {
-                    "name": target.name,
-                    "bucket": finding.bucket,
-                    "plan": plan_table.plan_entry(finding.plan),
-                    "ms": finding.ms,
-                    "heuristic_ms": finding.heuristic_ms,
-                    "tried": finding.tried,
-                    "wrong": list(finding.wrong),
-                }
-            )
+            findings.append(search(Trial(lib, target, device), clock, arguments.rounds))
+            record["plans"] = [_entry(finding, plan_table) for finding in findings]
             if arguments.json:
                 write_json(arguments.json, record)
+    complete = len(findings) == len(wanted)
+    findings = settle(findings)
+    plans = {finding.bucket: finding.plan for finding in findings}
     path = arguments.table or plan_table.tuned_path(facts)
     plan_table.write_table(path, facts, plans)
     wrong = [line for finding in findings for line in finding.wrong]
     ratios = [math.log(finding.heuristic_ms / finding.ms) for finding in findings]
     mean = math.exp(sum(ratios) / max(1, len(ratios)))
-    summary = {"tuned": len(plans), "wrong": len(wrong), "heuristic_over_tuned": mean}
-    record |= {"seconds": round(time.monotonic() - start, 3), "summary": summary}
+    record["seconds"] = round(time.monotonic() - start, 3)
+    record["summary"] = {
+        "tuned": len(plans),
+        "wrong": len(wrong),
+        "heuristic_over_tuned": mean,
+        "complete": complete,
+    }
+    record["plans"] = [_entry(finding, plan_table) for finding in findings]
     if arguments.json:
         write_json(arguments.json, record)
     _print(findings, Console())
@@ -149,7 +137,45 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _print(findings: list, console: Console) -> None:
+def _targets(arguments: argparse.Namespace, *, gpu: bool) -> "list[Target]":
+    """What is to be tuned.
+
+    Raises:
+        SystemExit: an option names nothing that is known.
+    """
+    from ..bench_cases import BUILT_IN, shape_of
+    from ..inputs import DTYPES
+    from ..tune import targets
+
+    check_names("dtypes", arguments.dtypes, DTYPES)
+    models = arguments.models or (BUILT_IN if gpu else ("tiny",))
+    try:
+        for name in models:
+            shape_of(name)
+    except ValueError as error:
+        raise SystemExit(f"--models: {error}") from None
+    return targets(
+        models,
+        arguments.tokens or ((2048, 8192) if gpu else (24,)),
+        arguments.ranks,
+        [DTYPES[name] for name in arguments.dtypes],
+    )
+
+
+def _entry(finding: "Finding", plan_table: ModuleType) -> dict[str, Any]:
+    """What a record says of a bucket."""
+    return {
+        "name": finding.target.name,
+        "bucket": finding.bucket,
+        "plan": plan_table.plan_entry(finding.plan),
+        "ms": finding.ms,
+        "heuristic_ms": finding.heuristic_ms,
+        "tried": finding.tried,
+        "wrong": list(finding.wrong),
+    }
+
+
+def _print(findings: "Sequence[Finding]", console: Console) -> None:
     table = Table("problem", "tuned ms", "heuristic ms", "candidates", "plan")
     for finding in findings:
         tile = finding.plan.tile
