@@ -119,9 +119,12 @@ class BenchRecord:
 
 
 def gpu_state() -> str | None:
-    """Clocks, power and throttle reasons as nvidia-smi tells them now, or None."""
+    """Clocks, power and throttle reasons of the GPU in use, as nvidia-smi tells them; or None."""
+    if not torch.cuda.is_available():
+        return None
     fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.SubprocessError):
