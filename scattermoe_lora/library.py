@@ -27,7 +27,7 @@ from .layers.experts_mlp import (
     mlp_backward,
     mlp_forward,
 )
-from .ops import Activation, Gate
+from .ops import Activation
 from .routing import Routing, RowOrder
 from .weights import LoRAWeights
 
@@ -237,9 +237,7 @@ def experts_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result of `experts_mlp`, and for its gradient h, s1 x A1^T and s2 act A2^T."""
     routing = Routing(slots, expert_of_row, offsets, tiles, tokens, top_k, experts)
-    activation = Activation(
-        gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved
-    )
+    activation = Activation.of(gate, alpha, shift, limit, interleaved)
     gate_up = Projection(weight=w1, lora=_adapter(a1, b1, scaling1), bias=bias1)
     down = Projection(weight=w2, lora=_adapter(a2, b2, scaling2), bias=bias2)
     check_layer(x, gate_up, down, routing)
@@ -291,9 +289,7 @@ def experts_mlp_backward(
 ) -> list[Tensor]:
     """Gradients of the ten operands of `experts_mlp`; empty where `needs` says none."""
     routing = Routing(slots, expert_of_row, offsets, tiles, tokens, top_k, experts)
-    activation = Activation(
-        gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved
-    )
+    activation = Activation.of(gate, alpha, shift, limit, interleaved)
     call = _layer_call(routing, (scaling1, scaling2), activation)
     operands = Operands(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
     made = Intermediates(h, _given(xa1), _given(xa2))

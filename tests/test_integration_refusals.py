@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from test_adapter_laws import EXPERTS, NAMES, facts, model_of
 from test_peft import randomise
 from transformers import BitsAndBytesConfig
@@ -113,6 +113,18 @@ def test_a_directory_without_an_adapter_is_refused(lost, words, tmp_path):
     before = state(model)
     with pytest.raises(FileNotFoundError, match=f"^{directory} holds no adapter: {words} in it$"):
         adapters.load_adapter(model, directory)
+    assert state(model) == before
+
+
+def test_adapters_that_are_not_lora_are_refused(tmp_path):
+    other = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model = model_of()
+    before = state(model)
+    with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, got IA3Config"):
+        adapters.adapt(model, other)
+    get_peft_model(model_of(), other).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a IA3Config, and only LoRA is on experts"):
+        adapters.load_adapter(model, tmp_path)
     assert state(model) == before
 
 

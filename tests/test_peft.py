@@ -197,6 +197,23 @@ def test_merging_rounds_once_and_unmerging_restores_the_base(family, dtype):
         assert torch.equal(getattr(experts, name), base[name])
 
 
+@pytest.mark.correctness
+@pytest.mark.parametrize("again", [False, True], ids=["unmerged", "merged once more"])
+def test_a_model_cast_while_merged_keeps_its_new_dtype(again):
+    model = ours(adapted(hf_models.tiny_model("olmoe")))
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    if again:
+        model.merge_adapter()
+        cast.merge_adapter()
+    expected = dict(cast.named_parameters())
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.bfloat16, name
+        assert torch.equal(value, expected[name]), name
+
+
 def merged_by_hand(weight, wrapper):
     """round(W + s B A), one expert after the other in fp32."""
     swapped = getattr(wrapper, "_did_swap_in_out_features", False)

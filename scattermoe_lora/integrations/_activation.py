@@ -35,13 +35,23 @@ def fused_activation(module: Any) -> Activation | None:
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     absent = tuple(sorted(name for name, value in vars(module).items() if value is None))
-    return _matching(
+    parts = _parts(
         type(module)._apply_gate,
         getattr(module, "act_fn", None),
         tuple(sorted(numbers.items())),
         absent,
         not getattr(module, "is_concatenated", True),
     )
+    return None if parts is None else Activation.of(*parts)
+
+
+@torch.compiler.assume_constant_result
+def _parts(*key: Any) -> tuple[str, float, float, float, bool] | None:
+    """The parts of the activation that matches: what torch.compile takes as a constant, guarding on
+    what the key is made of.
+    """
+    found = _matching(*key)
+    return None if found is None else found.parts
 
 
 @functools.lru_cache(maxsize=1024)

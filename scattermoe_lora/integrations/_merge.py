@@ -159,7 +159,8 @@ class Kept:
         """The base, where the module is."""
         if self.four_bit is not None:
             return self.four_bit.on(_device(experts, parameter)).stored()
-        return Dense(data=self.data.to(stored_weight(experts, parameter).device))
+        now = stored_weight(experts, parameter)
+        return Dense(data=self.data.to(now.device, now.dtype))
 
     def put_back(self, experts: nn.Module, parameter: str) -> None:
         """Make the module hold this base again."""
@@ -169,7 +170,7 @@ class Kept:
         else:
             parameter_now = experts._parameters[parameter]
             assert parameter_now is not None
-            parameter_now.data = self.data.to(parameter_now.device)
+            parameter_now.data = self.data.to(parameter_now.device, parameter_now.dtype)
 
 
 def _device(experts: nn.Module, parameter: str) -> torch.device:

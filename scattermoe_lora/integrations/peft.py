@@ -155,9 +155,12 @@ def adapt(model: nn.Module, config: LoraConfig, *, adapter_name: str = "default"
             without target_modules, every expert parameter is adapted. It is not changed.
 
     Raises:
+        TypeError: config is no LoraConfig.
         ValueError, UnsupportedExpertsError: as `attach`, and what PEFT refuses; the model is as it
             was then.
     """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
     config = copy.deepcopy(config)
     if not config.target_parameters and not config.target_modules:
         config.target_modules = []
@@ -249,15 +252,19 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the version is not known; factors and parameters do not fit; or as `attach`.
-            The model is as it was then.
+        ValueError: the adapter is not LoRA; the version is not known; factors and parameters do not
+            fit; or as `attach`. The model is as it was then.
     """
     directory = Path(directory)
     expect_adapter(directory)
     version = written_version(directory, written_by)
     config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"the adapter in {directory} has a {type(config).__name__}, and only LoRA is on experts"
+        )
     config.inference_mode = not trainable
-    if isinstance(config, LoraConfig) and not config.target_modules:
+    if not config.target_modules:
         # They had no effect on what PEFT wrote.
         config.layers_to_transform = config.exclude_modules = None
     with _new_adapter(model, config, adapter_name) as adapted:

@@ -59,6 +59,18 @@ class Activation:
                 f"a tanh gate has alpha 1 and shift 0, got {self.alpha} and {self.shift}"
             )
 
+    @classmethod
+    def of(
+        cls,
+        gate: str,
+        alpha: float,
+        shift: float,
+        limit: float,
+        interleaved: bool,  # noqa: FBT001
+    ) -> "Activation":
+        """The activation that has these `parts`."""
+        return cls(gate=Gate(gate), alpha=alpha, shift=shift, limit=limit, interleaved=interleaved)
+
     @property
     def parts(self) -> tuple[str, float, float, float, bool]:
         """The fields in order, as an operator's plain arguments."""
