@@ -16,6 +16,7 @@ from torch import Tensor
 from .ops import combine, combine_grad, expert_bias_grad, expert_weight_grad, shrink
 from .ops._check import (
     check_bias,
+    check_dtype,
     check_gates,
     check_lora,
     check_rows,
@@ -28,24 +29,40 @@ from .ops._check import (
 from .ops.lora import as_operand, lora_rows
 from .ops.product import Rows, product_rows
 from .ops.weight_grad import lora_grads
-from .plan import Operation, Plan
+from .plan import PATHS, Operation, Plan
 from .routing import Routing, RowOrder
 from .weights import BlockedWeight, LoRAWeights
+
+_OPERATIONS = {
+    "forward": (Operation.LORA_FORWARD, Operation.SCATTER2SCATTER),
+    "input_grad": (Operation.LORA_INPUT_GRAD, Operation.SCATTER2SCATTER),
+    "weight_grad": (Operation.LORA_WEIGHT_GRAD,),
+}
+"""What each plan of a projection is for: with an adapter and without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plans:
-    """Plans of one projection; None lets `choose` decide."""
+    """Plans of one projection; None lets `choose` decide.
+
+    Raises:
+        TypeError, ValueError: one is no plan, or its path is none of what it is for.
+    """
 
     forward: Plan | None = None
     input_grad: Plan | None = None
     weight_grad: Plan | None = None
 
     def __post_init__(self) -> None:
-        for name in ("forward", "input_grad", "weight_grad"):
+        for name, operations in _OPERATIONS.items():
             plan = getattr(self, name)
-            if plan is not None:
-                check_type(f"the plan of {name}", plan, Plan)
+            if plan is None:
+                continue
+            check_type(f"the plan of {name}", plan, Plan)
+            paths = [path for operation in operations for path in PATHS[operation]]
+            if plan.path not in paths:
+                known = ", ".join(dict.fromkeys(path.value for path in paths))
+                raise ValueError(f"{name} has no path {plan.path.value!r}; it has {known}")
 
 
 CHOSEN = Plans()
@@ -55,7 +72,8 @@ CHOSEN = Plans()
 class Call:
     """What a projection is told and does not differentiate.
 
-    blocks: the weight, where it is not a tensor but decoded block by block.
+    blocks: the weight, where it is not a tensor but decoded block by block. versions: those of its
+    storage at the time of the call.
     """
 
     routing: Routing
@@ -64,6 +82,29 @@ class Call:
     scaling: float
     plans: Plans
     blocks: BlockedWeight | None = None
+    versions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor | BlockedWeight,
+        lora: LoRAWeights | None,
+        routing: Routing,
+        source: RowOrder,
+        target: RowOrder,
+        plans: Plans,
+    ) -> "Call":
+        """The call of a projection, whose weight it keeps where that comes in blocks."""
+        blocks = None if isinstance(weight, Tensor) else weight
+        return cls(
+            routing=routing,
+            source=source,
+            target=target,
+            scaling=1.0 if lora is None else lora.scaling,
+            plans=plans,
+            blocks=blocks,
+            versions=() if blocks is None else blocks.versions,
+        )
 
 
 class Saved(NamedTuple):
@@ -125,27 +166,30 @@ def expert_linear(
         check_type("lora", lora, LoRAWeights)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
+        x = autocast_to(dtype, "x", x)
         if isinstance(weight, Tensor):
-            weight = weight.to(dtype)
+            weight = autocast_to(dtype, "weight", weight)
         if lora is not None and lora.a.dtype != torch.float32:
             lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(weight, Tensor) and plans == CHOSEN:
         return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
     check_projection(x, weight, lora, bias, routing, source)
-    call = Call(
-        routing=routing,
-        source=source,
-        target=target,
-        scaling=1.0 if lora is None else lora.scaling,
-        plans=plans,
-        blocks=None if isinstance(weight, Tensor) else weight,
-    )
+    call = Call.of(weight, lora, routing, source, target, plans)
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     dense = weight if isinstance(weight, Tensor) else None
     apply = untraced_linear if compiling else ExpertLinear.apply
     return apply(x, dense, a, b, bias, gates, call)
+
+
+def autocast_to(dtype: torch.dtype, name: str, operand: Tensor) -> Tensor:
+    """The operand in the dtype of autocast.
+
+    Raises:
+        TypeError: it holds codes or other numbers that a cast would take at face value.
+    """
+    check_dtype(name, operand)
+    return operand.to(dtype)
 
 
 @torch.compiler.disable(reason="torch.compile traces dense weights without stated plans")
@@ -341,6 +385,12 @@ def gradient_shrink(dout: Tensor, b: Tensor, dy_order: RowOrder, call: Call) -> 
 
 
 def _stack(weight: Tensor | None, call: Call) -> Tensor | BlockedWeight:
-    stack = call.blocks if weight is None else weight
-    assert stack is not None, "a projection has a weight, as a tensor or in blocks"
-    return stack
+    if weight is not None:
+        return weight
+    assert call.blocks is not None, "a projection has a weight, as a tensor or in blocks"
+    if call.blocks.versions != call.versions:
+        raise RuntimeError(
+            "stored experts that the gradient needs were changed in place after the forward: their "
+            f"tensors are at versions {call.blocks.versions}, expected {call.versions}"
+        )
+    return call.blocks

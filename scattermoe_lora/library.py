@@ -39,8 +39,9 @@ def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-def _given(tensor: Tensor) -> Tensor | None:
-    return tensor if tensor.numel() else None
+def _given(tensor: Tensor, operand: Tensor | None) -> Tensor | None:
+    """What the forward made for an operand: as absent as that is, and of no rows where none are."""
+    return None if operand is None else tensor
 
 
 def _adapter(a: Tensor | None, b: Tensor | None, scaling: float) -> LoRAWeights | None:
@@ -154,7 +155,7 @@ def expert_linear_backward(
     """Gradients of x, weight, a, b, bias, gates; empty where `needs` says none."""
     routing = Routing(slots, expert_of_row, offsets, tiles, tokens, top_k, experts)
     call = _linear_call(routing, scaling, source, target)
-    saved = Saved(x, weight, a, b, bias, gates, _given(xa), _given(y))
+    saved = Saved(x, weight, a, b, bias, gates, _given(xa, a), _given(y, gates))
     dx, dweight, da, db, dbias, dgates = linear_backward(dout, saved, call, needs)
     grads = (dx, dweight, da, db, dbias, dgates)
     first, second, third, fourth, fifth, sixth = (_present(grad, dout) for grad in grads)
@@ -292,7 +293,7 @@ def experts_mlp_backward(
     activation = Activation.of(gate, alpha, shift, limit, interleaved)
     call = _layer_call(routing, (scaling1, scaling2), activation)
     operands = Operands(x, gates, w1, a1, b1, bias1, w2, a2, b2, bias2)
-    made = Intermediates(h, _given(xa1), _given(xa2))
+    made = Intermediates(h, _given(xa1, a1), _given(xa2, a2))
     return [_present(grad, dout) for grad in mlp_backward(dout, operands, made, call, needs)]
 
 

@@ -131,6 +131,11 @@ class Tile:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
 
 
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that an operation needs to be told besides its operands.
@@ -149,6 +154,10 @@ class Plan:
     part_rows: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("path", Path), ("tile", Tile), ("precision", Precision)):
+            _check_kind(f"the {name} of a plan", getattr(self, name), kind)
+        if self.shrink is not None:
+            _check_kind("the shrink tile of a plan", self.shrink, Tile)
         if self.part_rows < 0:
             raise ValueError(f"part_rows must be at least 0, got {self.part_rows}")
 
@@ -226,9 +235,39 @@ def current_precision(dtype: torch.dtype) -> Precision:
     return Precision.TF32
 
 
+def check_problem(problem: Problem, device: Device) -> None:
+    """What a plan can be chosen for.
+
+    Raises:
+        TypeError: a field has another type, or `device` is none of `Device.of`.
+        ValueError: a size or the layout cannot be.
+    """
+    if not isinstance(device, Device):
+        kind = type(device).__name__
+        raise TypeError(f"device must be the facts that Device.of tells of a device, got {kind}")
+    _check_kind("problem", problem, Problem)
+    _check_kind("the operation of a problem", problem.operation, Operation)
+    _check_kind("the precision of a problem", problem.precision, Precision)
+    _check_kind("the dtype of a problem", problem.dtype, torch.dtype)
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"a problem must be of float32, float16 or bfloat16, got {problem.dtype}")
+    for name, least in (("rows", 0), ("experts", 1), ("k", 1), ("n", 1), ("rank", 0)):
+        if getattr(problem, name) < least:
+            raise ValueError(
+                f"{name} of a problem must be at least {least}, got {getattr(problem, name)}"
+            )
+    if problem.w_map not in ("nk", "kn", ""):
+        raise ValueError(f"w_map must be 'nk', 'kn' or '', got {problem.w_map!r}")
+
+
 def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem on a device; rows per expert count as the next power of two."""
-    bucket = problem.experts * _rows_per_expert(problem)
+    """The plan for a problem on a device; rows per expert count as the next power of two.
+
+    Raises:
+        TypeError, ValueError: as `check_problem`.
+    """
+    check_problem(problem, device)
+    bucket = problem.experts * rows_per_expert(problem)
     return _choose(problem._replace(rows=bucket), device)
 
 
@@ -252,13 +291,13 @@ def _choose(problem: Problem, device: Device) -> Plan:
     return Plan(path=path, tile=tile, shrink=shrink, precision=precision, gather=gather)
 
 
-def _rows_per_expert(problem: Problem) -> int:
+def rows_per_expert(problem: Problem) -> int:
     return next_power_of_two(max(1, problem.rows // problem.experts))
 
 
 def product_tile(problem: Problem, device: Device) -> Tile:
     """Tile of a routed product with a wide output."""
-    rows = _rows_per_expert(problem)
+    rows = rows_per_expert(problem)
     block_n_limit = power_of_two(problem.n, low=16, high=256)
     if device.interpreted:
         return Tile(
@@ -332,7 +371,7 @@ def check_height(plan: Plan, dtype: torch.dtype, rank: int, device: Device) -> N
 
 def shrink_tile(problem: Problem, device: Device) -> Tile:
     """Tile of X A^T: the output is as narrow as the rank."""
-    rows = _rows_per_expert(problem)
+    rows = rows_per_expert(problem)
     block_n = power_of_two(problem.rank, low=16, high=64)
     if device.interpreted:
         return Tile(
@@ -350,17 +389,14 @@ def gram_tile(problem: Problem, device: Device) -> Tile:
     columns = problem.rank if narrow else problem.n
     if device.interpreted:
         return Tile(
-            block_m=power_of_two(_rows_per_expert(problem), low=16, high=128),
+            block_m=power_of_two(rows_per_expert(problem), low=16, high=128),
             block_n=power_of_two(columns, low=16, high=128),
             block_k=power_of_two(problem.k, low=16, high=128),
         )
     narrow_dtype = problem.dtype.itemsize == 2
     high = 128 if narrow_dtype else 64
-    block_m = 64 if narrow_dtype else 32
-    if narrow_dtype and narrow:
-        block_m = 32 if _rows_per_expert(problem) <= 128 else 128
     tile = Tile(
-        block_m=block_m,
+        block_m=64 if narrow_dtype and not narrow else 32,
         block_n=power_of_two(columns, low=16, high=high),
         block_k=power_of_two(problem.k, low=16, high=high),
         warps=4,
@@ -375,7 +411,7 @@ def part_rows(problem: Problem) -> int:
     Eight times an even share: balanced routings are not cut, and the sums of parts are as large as
     the fp32 gradients of a quarter of the experts. A full gradient has programs enough without.
     """
-    rows = max(1024, 8 * _rows_per_expert(problem))
+    rows = max(1024, 8 * rows_per_expert(problem))
     narrow = problem.operation is Operation.LORA_WEIGHT_GRAD
     return rows if narrow and problem.rows > rows else 0
 
@@ -397,98 +433,4 @@ def fit(tile: Tile, problem: Problem, device: Device) -> Tile:
             tile = replace(tile, block_k=tile.block_k // 2)
         else:
             return tile
-    return tile
-
-
-def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
-    """Every plan worth trying for a problem, the heuristic's choice first; never empty.
-
-    Tiles vary around the choice and stay within the shared memory of the device; none has more
-    than 192 accumulators per thread.
-
-    Raises:
-        TypeError: `device` is none of `Device.of`.
-    """
-    if not isinstance(device, Device):
-        kind = type(device).__name__
-        raise TypeError(f"device must be the facts that Device.of tells of a device, got {kind}")
-    base = choose(problem, device)
-    plans = [base]
-    plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
-    mapped = base.tile.descriptor
-    limit = tallest_tile(problem.dtype, problem.rank, device, mapped=mapped)
-    tallest = min(2 * _rows_per_expert(problem), limit)
-    for block_m in ROW_TILES:
-        if block_m <= tallest:
-            tile = fit(replace(base.tile, block_m=block_m), problem, device)
-            if _keeps_registers(tile, problem.operation):
-                plans.append(replace(base, tile=tile))
-    if not device.interpreted:
-        plans.extend(replace(base, tile=tile) for tile in variations(base.tile, problem, device))
-    return tuple(dict.fromkeys(plans))
-
-
-def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]:
-    """Tiles of other depth, width and warps than `tile` that fit the device."""
-    n, k = tile.block_n, tile.block_k
-    changes = (
-        (n, k, tile.warps, tile.stages - 1),
-        (n, k, tile.warps, tile.stages + 1),
-        (n // 2, k, tile.warps, tile.stages),
-        (n // 2, k, 4, tile.stages),
-        (n, k * 2, tile.warps, 2),
-        (n, k, 4 if tile.warps == 8 else 8, tile.stages),
-    )
-    found = []
-    for block_n, block_k, warps, stages in changes:
-        if block_n < 16 or stages < min(tile.stages, 2):
-            continue
-        varied = replace(tile, block_n=block_n, block_k=block_k, warps=warps, stages=stages)
-        if not _keeps_registers(varied, problem.operation):
-            continue
-        if fit(varied, problem, device) == varied:
-            found.append(varied)
-    return tuple(found)
-
-
-def _keeps_registers(tile: Tile, operation: Operation) -> bool:
-    """Whether a tile has at most 192 accumulators per thread, which leaves it 63 registers."""
-    gradient = operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD)
-    height = tile.block_k if gradient else tile.block_m
-    return height * tile.block_n <= 192 * 32 * tile.warps
-
-
-def with_path(plan: Plan, path: Path, problem: Problem, device: Device) -> Plan:
-    """The same plan on another path, with the tiles that the path needs."""
-    shrink, tile, gather = plan.shrink, plan.tile, plan.gather
-    if path in (Path.EPILOGUE, Path.SPLIT) and shrink is None:
-        shrink = shrink_tile(problem, device)
-    if path is Path.FUSED:
-        limit = tallest_tile(problem.dtype, problem.rank, device, mapped=False)
-        tile = replace(tile, block_m=min(tile.block_m, limit))
-    if path in (Path.FUSED, Path.RECOMPUTE):
-        tile, gather = whole_rank_tile(tile, problem, device), False
-    return replace(plan, path=path, tile=tile, shrink=shrink, gather=gather)
-
-
-def whole_rank_tile(tile: Tile, problem: Problem, device: Device) -> Tile:
-    """Tile of a kernel that holds the whole rank besides its output: loads through pointers.
-
-    Its accumulators are block_m (block_n + rank) fp32 values, at most 192 per thread.
-    """
-    rank = max(16, next_power_of_two(problem.rank))
-    tile = replace(tile, descriptor=False, x_descriptor=False)
-    if device.interpreted:
-        return tile
-    warps = 8 if rank > 64 else 4
-    block_m = min(tile.block_m, 64 if problem.dtype.itemsize == 2 else 32)
-    registers = 192 * 32 * warps // block_m
-    block_n = min(tile.block_n, 128)
-    while block_n + rank > registers and block_n > 16:
-        block_n //= 2
-    tile = replace(tile, block_m=block_m, block_n=block_n, block_k=32, warps=warps, stages=3)
-    while (stage_bytes(tile, problem.dtype) + rank * 32 * problem.dtype.itemsize) * tile.stages + (
-        rank * tile.block_n * problem.dtype.itemsize
-    ) > device.shared_memory and tile.stages > 1:
-        tile = replace(tile, stages=tile.stages - 1)
     return tile

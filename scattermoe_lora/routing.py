@@ -15,6 +15,7 @@ rows offsets[experts] .. rows are dropped.
 import enum
 import numbers
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ class Routing:
             ValueError: wrong shape, `top_k` larger than `experts`, or a checked id outside
                 [0, experts).
         """
+        experts = _count("experts", experts)
         _check_top_k(top_k_index, experts, sentinels=sentinels)
         tokens, top_k = top_k_index.shape
         if torch.compiler.is_compiling():
@@ -137,16 +139,17 @@ class Routing:
             ValueError: shapes differ, the number of rows is not a multiple of `top_k`, or a checked
                 value is none of those above.
         """
+        top_k, experts = _count("top_k", top_k), _count("experts", experts)
         _check_sorted(expert_of_row, slots, top_k, experts)
         if validate is None:
             validate = slots.device.type == "cpu" and not torch.compiler.is_compiling()
         if validate:
             _check_sorted_values(expert_of_row, slots)
-        keys = expert_of_row.clamp(max=experts).to(torch.int32)
+        keys = expert_of_row.long().clamp(max=experts).to(torch.int32)
         bounds = torch.arange(experts + 1, dtype=torch.int32, device=slots.device)
         offsets = torch.searchsorted(keys, bounds, out_int32=True)
         return cls(
-            slots=slots.to(torch.int64).contiguous(),
+            slots=slots.to(torch.int64, copy=True).contiguous(),
             expert_of_row=keys,
             offsets=offsets,
             tiles=row_tiles(offsets, rows=slots.numel(), experts=experts),
@@ -160,7 +163,6 @@ def _check_top_k(top_k_index: Tensor, experts: int, *, sentinels: bool) -> None:
     if not isinstance(top_k_index, Tensor):
         raise TypeError(f"top_k_index must be a tensor, got {type(top_k_index).__name__}")
     _check_integers("top_k_index", top_k_index)
-    _check_count("experts", experts)
     if top_k_index.ndim != 2:
         raise ValueError(
             f"top_k_index must be [tokens, top_k], got shape {list(top_k_index.shape)}"
@@ -182,9 +184,11 @@ def _check_integers(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must hold integers, got {value.dtype}; {names} are taken")
 
 
-def _check_count(name: str, value: object) -> None:
+def _count(name: str, value: Any) -> Any:
+    """An int of any integer, those of numpy too; a symbolic one as it is."""
     if not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def _check_values(top_k_index: Tensor, experts: int) -> None:
@@ -206,12 +210,14 @@ def _check_sorted(expert_of_row: Tensor, slots: Tensor, top_k: int, experts: int
         _check_integers(name, value)
         if value.ndim != 1:
             raise ValueError(f"{name} must be [rows], got shape {list(value.shape)}")
+    if expert_of_row.device != slots.device:
+        raise ValueError(
+            f"expert_of_row is on {expert_of_row.device} but slots is on {slots.device}"
+        )
     if expert_of_row.numel() != slots.numel():
         raise ValueError(
             f"expert_of_row has {expert_of_row.numel()} rows but slots has {slots.numel()}"
         )
-    _check_count("top_k", top_k)
-    _check_count("experts", experts)
     if top_k < 1 or experts < 1:
         raise ValueError(f"top_k and experts must be at least 1, got {top_k} and {experts}")
     if slots.numel() % top_k:

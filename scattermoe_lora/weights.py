@@ -29,6 +29,10 @@ class BlockedWeight(Protocol):
     def map(self) -> str:
         """The layout of its blocks that a tensor map can address: "nk", "kn", or "" for none."""
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor of the storage was changed in place."""
+
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first expert, [experts of the block, K, N]) in order; a block may overwrite the last."""
 
@@ -89,11 +93,6 @@ class LoRAWeights:
     def rank(self) -> int:
         """Rank of the adapter."""
         return self.a.shape[1]
-
-    @property
-    def transposed(self) -> "LoRAWeights":
-        """The same adapter acting on gradients: A and B^T exchange roles."""
-        return LoRAWeights(a=self.b.mT, b=self.a.mT, scaling=self.scaling)
 
     @classmethod
     def from_flat(

@@ -163,11 +163,13 @@ def test_compiled_under_autocast_equals_eager(function, device):
     assert torch.equal(traced, eager)
 
 
-@pytest.mark.parametrize("part", ["projection", "gate_up", "down"])
-def test_stated_plans_are_not_dropped_by_tracing(part, device):
+@pytest.mark.parametrize(
+    ("part", "path"), [("projection", "tiles"), ("gate_up", "tiles"), ("down", "epilogue")]
+)
+def test_stated_plans_are_not_dropped_by_tracing(part, path, device):
     t = draw(device)
     routing = sm.Routing.from_top_k(t["index"], t["experts"])
-    plan = sm.Plan(path=sm.Path.GRAM, tile=sm.Tile(block_m=16, block_n=16, block_k=16))
+    plan = sm.Plan(path=sm.Path(path), tile=sm.Tile(block_m=16, block_n=16, block_k=16))
     stated = sm.Plans(forward=plan)
     lora = sm.LoRAWeights(a=t["a1"], b=t["b1"], scaling=1.3)
 
@@ -185,7 +187,7 @@ def test_stated_plans_are_not_dropped_by_tracing(part, device):
 
     function = projected if part == "projection" else through_layer
     for call in (function, torch.compile(function, backend="aot_eager")):
-        with pytest.raises(ValueError, match="has no path 'gram'"):
+        with pytest.raises(ValueError, match=f"has no path '{path}'"):
             call(t["x"])
 
 
@@ -307,3 +309,16 @@ def test_nothing_waits_for_the_device(device):
         value_and_gradients(layer, t)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("function", [projection, layer])
+def test_the_gradient_of_no_tokens_is_traced(function, device):
+    t = draw(device)
+    none = {n: t[n][:0] for n in ("x", "gates", "index")}
+    eager = value_and_gradients(function, {**t, **none})
+    traced = value_and_gradients(
+        torch.compile(function, fullgraph=True, backend="aot_eager"), {**t, **none}
+    )
+    assert len(eager) == len(traced) > 2
+    for expected, got in zip(eager, traced, strict=True):
+        assert torch.equal(expected, got)

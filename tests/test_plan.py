@@ -11,14 +11,13 @@ import torch
 import scattermoe_lora as sm
 from scattermoe_lora import plan_table
 from scattermoe_lora._syntax import device_code
+from scattermoe_lora.candidates import variations, with_path
 from scattermoe_lora.plan import (
     INTERPRETER,
     PATHS,
     check_height,
     fit,
     stage_bytes,
-    variations,
-    with_path,
 )
 
 pytestmark = pytest.mark.correctness
@@ -177,8 +176,8 @@ MEASURED = [
     (SHRINK, 1, {}, (16, 16, 64, 4, 4)),
     (SHRINK, 2048, {"rank": 256}, (64, 64, 64, 4, 4)),
     (WEIGHT_GRAD, 128, {}, (32, 16, 128, 4, 2)),
-    (WEIGHT_GRAD, 256, {}, (128, 16, 128, 4, 2)),
-    (WEIGHT_GRAD, 256, {"rank": 256, "k": 1}, (128, 128, 16, 4, 2)),
+    (WEIGHT_GRAD, 2048, {}, (32, 16, 128, 4, 2)),
+    (WEIGHT_GRAD, 256, {"rank": 256, "k": 1}, (32, 128, 16, 4, 2)),
     (WEIGHT_GRAD, 256, {"dtype": FULL}, (32, 16, 64, 4, 2)),
     (FULL_GRAD, 256, {"n": 1}, (64, 16, 128, 4, 3)),
     (FULL_GRAD, 256, {"dtype": FULL}, (32, 64, 64, 4, 3)),

@@ -178,7 +178,7 @@ def on_path(path):
 
 
 DEVICE = "on meta but"
-SLOTS = f"{ROWS - TOP_K} elements but the routing has {ROWS}"
+SLOTS = f"must have shape {[ROWS]} or {[ROWS // TOP_K, TOP_K]}, got {[ROWS // TOP_K - 1, TOP_K]}"
 SCALED = (
     *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
     ("row_scale", listed, TypeError, "must be a tensor, got list"),
@@ -217,9 +217,9 @@ LORA = (
     ("lora", away, ValueError, "lora is on meta but x"),
     ("lora", factors(fewer), ValueError, EXPERTS_LOST),
     ("lora", wide, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
-    ("lora", tall, ValueError, f"output width {N - 1} but the weight has {N}"),
     ("lora", factors(torch.Tensor.half), TypeError, "lora is torch.float16; with x in torch.float"),
 )
+TALL = ("lora", tall, ValueError, f"lora.b has output width {N - 1} but the weight has {N}")
 
 
 def rows_of(name, rows, called=None):
@@ -256,7 +256,7 @@ PLAIN = sm.Plan(path=sm.Path.SPLIT, tile=TILE)
 
 REFUSED = {
     expert_linear: (
-        *X[1:], *WEIGHT, *BIAS, *LORA, *GATED, ROUTING, TARGET,
+        *X[1:], *WEIGHT, *BIAS, *LORA, TALL, *GATED, ROUTING, TARGET,
         ("source", listed, TypeError, "the row order of x must be of type RowOrder, got list"),
         ("plans", listed, TypeError, "plans must be of type Plans, got list"),
         ("target", lambda order: EXPERT, ValueError, "target must be SLOT, got EXPERT"),
@@ -268,7 +268,7 @@ REFUSED = {
         ("plan", lambda plan: sm.Plan(path=sm.Path.TILES, tile=MAPPED), ValueError, UNMAPPED),
     ),
     lora_forward: (
-        *X, *WEIGHT, *BIAS, *LORA, *SCALED, *paths(sm.Operation.LORA_FORWARD), NO_BLOCKS,
+        *X, *WEIGHT, *BIAS, *LORA, TALL, *SCALED, *paths(sm.Operation.LORA_FORWARD), NO_BLOCKS,
         ROUTING, TARGET,
         ("target", lambda order: TOKEN, ValueError, "RowOrder.EXPERT, got RowOrder.TOKEN"),
         ("plan", lambda p: PLAIN, ValueError, "on the split path needs a shrink tile"),
@@ -276,12 +276,12 @@ REFUSED = {
          "the fused path loads W through pointers, but the plan asks for a tensor map"),
     ),
     lora_input_grad: (
-        *rows_of("dy", ROWS, "x"), *SCALED, *paths(sm.Operation.LORA_INPUT_GRAD),
+        *rows_of("dy", ROWS, "dy"), *SCALED, *paths(sm.Operation.LORA_INPUT_GRAD),
         ROUTING, TARGET, ADAPTER, STACK,
         ("weight", fewer, ValueError, EXPERTS_LOST),
-        ("weight", narrow, ValueError, f"inputs of width {N - 1} but x has {N}"),
-        ("lora", wide, ValueError, f"output width {K - 1} but the weight has {K}"),
-        ("lora", tall, ValueError, f"inputs of width {N - 1} but x has width {N}"),
+        ("weight", narrow, ValueError, f"output width {N - 1} but dy has width {N}"),
+        ("lora", wide, ValueError, f"a takes inputs of width {K - 1} but the weight has width {K}"),
+        ("lora", tall, ValueError, f"b has output width {N - 1} but dy has {N}"),
     ),
     shrink: (
         *X, *SCALED, ROUTING,
@@ -292,6 +292,7 @@ REFUSED = {
     ),
     lora_weight_grad: (
         *X, *DY, HALF_DY, *LORA, *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD), ROUTING,
+        ("lora", tall, ValueError, f"lora.b has output width {N - 1} but dy has {N}"),
         *rows_of("xa", ROWS), *rows_of("yb", ROWS),
         ("xa", narrow, ValueError, f"xa has width {RANK - 1} but the rank is {RANK}"),
         ("yb", narrow, ValueError, f"yb has width {RANK - 1} but the rank is {RANK}"),

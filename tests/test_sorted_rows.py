@@ -1,5 +1,6 @@
 """A routing of rows that are sorted already: what it takes, and what would write elsewhere."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +59,41 @@ def test_values_that_would_be_written_elsewhere_are_refused(device, name):
 def test_a_count_is_an_integer(name):
     with pytest.raises(TypeError, match=f"{name} must be an integer, got float"):
         routed(IDS, IDS, **{name: 1.0})
+
+
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.int8, 128), (torch.uint8, 256)])
+def test_a_dtype_may_hold_less_than_the_number_of_experts(dtype, experts):
+    ids = torch.tensor([0, 1, 100], dtype=dtype)
+    made = routed(ids, IDS, experts=experts)
+    assert made.expert_of_row.tolist() == [0, 1, 100]
+    assert made.offsets[-1] == 3
+
+
+def test_an_id_beyond_32_bits_is_dropped():
+    ids = torch.tensor([0, 1, 2**32])
+    assert routed(ids, IDS).expert_of_row.tolist() == [0, 1, EXPERTS]
+
+
+def test_a_routing_does_not_change_with_what_it_was_made_of():
+    ids, slots = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 1])
+    made = routed(ids, slots)
+    ids.zero_()
+    slots.zero_()
+    assert made.expert_of_row.tolist() == [0, 1, 2]
+    assert made.slots.tolist() == [2, 0, 1]
+
+
+def test_rows_and_slots_are_on_one_device():
+    with pytest.raises(ValueError, match="expert_of_row is on meta but slots is on cpu"):
+        routed(IDS.to("meta"), IDS)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_counts_may_be_of_any_integer_type(kind):
+    index = torch.tensor([[0], [2]])
+    assert sm.Routing.from_top_k(index, kind(EXPERTS)).experts == EXPERTS
+    made = routed(IDS, IDS, top_k=kind(1), experts=kind(EXPERTS))
+    assert (made.top_k, made.experts) == (1, EXPERTS)
+    assert type(made.experts) is int
+    with pytest.raises(TypeError, match="experts must be an integer, got float"):
+        sm.Routing.from_top_k(index, float(EXPERTS))

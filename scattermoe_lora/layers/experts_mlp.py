@@ -20,6 +20,7 @@ from ..autograd import (
     CHOSEN,
     Call,
     Plans,
+    autocast_to,
     check_stack_of,
     gradient_shrink,
     input_grad,
@@ -120,7 +121,9 @@ def experts_mlp(
     check_type("activation", activation, Activation)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, gate_up, down = hidden.to(dtype), _cast(gate_up, dtype), _cast(down, dtype)
+        hidden = autocast_to(dtype, "hidden", hidden)
+        gate_up = _cast("gate_up", gate_up, dtype)
+        down = _cast("down", down, dtype)
     compiling = torch.compiler.is_compiling()
     if compiling and _traceable(gate_up) and _traceable(down):
         return compiled_mlp(hidden, gates, routing, gate_up, down, activation)
@@ -243,22 +246,16 @@ def _gate_grad(dgates: Tensor, dout: Tensor, bias: Tensor | None, routing: Routi
     expert_of_slot = torch.empty_like(routing.expert_of_row)
     expert_of_slot.scatter_(0, routing.slots, routing.expert_of_row)
     expert_of_slot = expert_of_slot.view(routing.tokens, routing.top_k).long()
-    kept = expert_of_slot < routing.experts
-    per_expert = dout.float() @ bias.float().mT
+    with torch.autocast(dout.device.type, enabled=False):
+        per_expert = dout.float() @ bias.float().mT
     part = per_expert.gather(1, expert_of_slot.clamp(max=routing.experts - 1))
-    return dgates + part * kept
+    # Not a product: what a bias holds that nobody uses may be no number.
+    return torch.where(expert_of_slot < routing.experts, dgates + part, dgates)
 
 
 def _call(projection: Projection, routing: Routing, source: RowOrder, target: RowOrder) -> Call:
-    lora = projection.lora
-    return Call(
-        routing=routing,
-        source=source,
-        target=target,
-        scaling=1.0 if lora is None else lora.scaling,
-        plans=projection.plans or CHOSEN,
-        blocks=None if isinstance(projection.weight, Tensor) else projection.weight,
-    )
+    plans = projection.plans or CHOSEN
+    return Call.of(projection.weight, projection.lora, routing, source, target, plans)
 
 
 def _traceable(projection: Projection) -> bool:
@@ -273,13 +270,13 @@ def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
     return weight, a, b, projection.bias
 
 
-def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
+def _cast(name: str, projection: Projection, dtype: torch.dtype) -> Projection:
     lora = projection.lora
     if lora is not None and lora.a.dtype != torch.float32:
         lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
     weight = projection.weight
     if isinstance(weight, Tensor):
-        weight = weight.to(dtype)
+        weight = autocast_to(dtype, f"{name}.weight", weight)
     return replace(projection, weight=weight, lora=lora)
 
 
@@ -296,6 +293,11 @@ def check_layer(hidden: Tensor, gate_up: Projection, down: Projection, routing: 
             hidden, part.weight, part.lora, part.bias, routing, width,
             part=f"{name}.", x_name="hidden",
         )  # fmt: skip
+    if down.weight.shape[2] != hidden.shape[1]:
+        raise ValueError(
+            f"down.weight has output width {down.weight.shape[2]}, which must be the width "
+            f"{hidden.shape[1]} of hidden"
+        )
 
 
 def _check_widths(
@@ -304,6 +306,7 @@ def _check_widths(
     check_tensor("hidden", hidden)
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [tokens, H], got shape {list(hidden.shape)}")
+    check_tensor("gates", gates)
     check_gates(gates, routing)
     for name, projection in (("gate_up", gate_up), ("down", down)):
         check_type(name, projection, Projection)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._interpreter import require_supported
+from ..plan import Plan
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
 
@@ -17,8 +18,7 @@ def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> N
     check_tensor(name, value)
     check_type("routing", routing, Routing)
     check_type(f"the row order of {name}", order, RowOrder)
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+    check_dtype(name, value)
     if value.ndim != 2:
         raise ValueError(f"{name} must be [rows, width], got shape {list(value.shape)}")
     if value.device != routing.device:
@@ -32,10 +32,22 @@ def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> N
     require_supported(value.dtype, value.device)
 
 
+def check_dtype(name: str, value: Tensor) -> None:
+    """Floating point of a width that kernels take."""
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+
+
 def check_type(name: str, value: object, wanted: type) -> None:
     """An argument that is no operand: of the package's own type for it."""
     if not isinstance(value, wanted):
         raise TypeError(f"{name} must be of type {wanted.__name__}, got {type(value).__name__}")
+
+
+def check_plan(plan: object) -> None:
+    """A plan that the caller states, or None for the package's choice."""
+    if plan is not None:
+        check_type("plan", plan, Plan)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -71,12 +83,15 @@ def check_weight(
     weight: Tensor | BlockedWeight,
     routing: Routing,
     *,
-    width: int,
     dtype: torch.dtype,
     device: torch.device,
+    width: int | None = None,
     x_name: str = "x",
 ) -> None:
-    """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks."""
+    """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks.
+
+    width: that of x, or None where x is as wide as the outputs.
+    """
     check_stack(name, weight)
     if len(weight.shape) != 3:
         raise ValueError(f"{name} must be [experts, k, n], got shape {list(weight.shape)}")
@@ -88,7 +103,7 @@ def check_weight(
         raise ValueError(
             f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"
         )
-    if weight.shape[1] != width:
+    if width is not None and weight.shape[1] != width:
         raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but {x_name} has {width}")
     if min(weight.shape) < 1:
         raise ValueError(f"{name} must not be empty, got shape {list(weight.shape)}")
@@ -118,14 +133,17 @@ def check_bias(
 
 
 def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
-    """One coefficient per slot, floating point, `rows` elements in slot order."""
+    """One coefficient per slot, floating point: [rows] in slot order, or [tokens, top_k]."""
     if scale is None:
         return
     check_tensor(name, scale)
     if not scale.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {scale.dtype}")
-    if scale.numel() != routing.rows:
-        raise ValueError(f"{name} has {scale.numel()} elements but the routing has {routing.rows}")
+    shapes = [[routing.rows], [routing.tokens, routing.top_k]]
+    if list(scale.shape) not in shapes:
+        raise ValueError(
+            f"{name} must have shape {shapes[0]} or {shapes[1]}, got {list(scale.shape)}"
+        )
     if scale.device != routing.device:
         raise ValueError(f"{name} is on {scale.device} but the routing is on {routing.device}")
 
@@ -152,17 +170,22 @@ def check_lora(
     *,
     name: str = "lora",
     x_name: str = "x",
+    k_name: str = "",
+    n_name: str = "the weight",
 ) -> None:
-    """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32."""
+    """An adapter for a product [rows, k] -> [rows, n]; its dtype is that of x, or float32.
+
+    k_name, n_name: the operands that k (x, unless stated) and n are the widths of.
+    """
     check_type(name, lora, LoRAWeights)
     if lora.experts != routing.experts:
         raise ValueError(f"{name} has {lora.experts} experts but the routing has {routing.experts}")
     if lora.a.shape[2] != k:
         raise ValueError(
-            f"{name}.a takes inputs of width {lora.a.shape[2]} but {x_name} has width {k}"
+            f"{name}.a takes inputs of width {lora.a.shape[2]} but {k_name or x_name} has width {k}"
         )
     if lora.b.shape[1] != n:
-        raise ValueError(f"{name}.b has output width {lora.b.shape[1]} but the weight has {n}")
+        raise ValueError(f"{name}.b has output width {lora.b.shape[1]} but {n_name} has {n}")
     if lora.a.dtype not in (x.dtype, torch.float32):
         raise TypeError(
             f"{name} is {lora.a.dtype}; with {x_name} in {x.dtype} it must be that or float32"

@@ -52,6 +52,12 @@ class Activation:
     def __post_init__(self) -> None:
         if not isinstance(self.gate, Gate):
             raise TypeError(f"gate must be a Gate, got {type(self.gate).__name__}")
+        for name in ("alpha", "shift", "limit"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not (math.isfinite(self.alpha) and math.isfinite(self.shift)):
+            raise ValueError(f"alpha and shift must be finite, got {self.alpha} and {self.shift}")
         if not self.limit > 0:
             raise ValueError(f"limit must be positive, got {self.limit}")
         if self.gate is Gate.TANH and (self.alpha != 1.0 or self.shift != 0.0):

@@ -21,9 +21,9 @@ from ..weights import BlockedWeight, LoRAWeights
 from ._check import (
     check_bias,
     check_lora,
+    check_plan,
     check_row_scale,
     check_rows,
-    check_stack,
     check_target,
     check_type,
     check_weight,
@@ -72,8 +72,15 @@ def lora_forward(
         TypeError, ValueError: an operand does not fit, or the plan's path does not take it.
     """
     check_target(target)
+    check_rows("x", x, routing, source)
+    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
+    check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
+    check_bias(bias, routing, weight.shape[2], x.device)
+    check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     rows = Rows(source, target, bias, row_scale)
-    return _checked(x, weight, lora, routing, Operation.LORA_FORWARD, rows, plan)
+    operation = Operation.LORA_FORWARD
+    return lora_rows(x, weight, lora.a, lora.b, lora.scaling, routing, operation, rows, plan)
 
 
 def lora_input_grad(
@@ -99,28 +106,18 @@ def lora_input_grad(
         [tokens, K]; and yb = s dy B [rows, R] in expert order, not scaled by g.
     """
     check_type("target", target, RowOrder)
-    check_type("lora", lora, LoRAWeights)
-    check_stack("weight", weight)
+    check_rows("dy", dy, routing, source)
+    check_weight("weight", weight, routing, dtype=dy.dtype, device=dy.device, x_name="dy")
+    _, k, n = weight.shape
+    if n != dy.shape[1]:
+        raise ValueError(f"weight has output width {n} but dy has width {dy.shape[1]}")
+    check_lora(lora, routing, k, n, dy, x_name="dy", k_name="the weight", n_name="dy")
+    check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     rows = Rows(source, target, None, row_scale)
+    down, up = lora.b.mT, lora.a.mT
     operation = Operation.LORA_INPUT_GRAD
-    return _checked(dy, weight.mT, lora.transposed, routing, operation, rows, plan)
-
-
-def _checked(
-    x: Tensor,
-    weight: Tensor | BlockedWeight,
-    lora: LoRAWeights,
-    routing: Routing,
-    operation: Operation,
-    rows: Rows,
-    plan: Plan | None,
-) -> tuple[Tensor, Tensor]:
-    check_rows("x", x, routing, rows.source)
-    check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
-    check_lora(lora, routing, weight.shape[1], weight.shape[2], x)
-    check_bias(rows.bias, routing, weight.shape[2], x.device)
-    check_row_scale("row_scale", rows.row_scale, routing)
-    return lora_rows(x, weight, lora.a, lora.b, lora.scaling, routing, operation, rows, plan)
+    return lora_rows(dy, weight.mT, down, up, lora.scaling, routing, operation, rows, plan)
 
 
 def lora_rows(

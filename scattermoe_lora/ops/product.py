@@ -24,9 +24,11 @@ from ..weights import BlockedWeight
 from ._check import (
     addressable,
     check_bias,
+    check_plan,
     check_row_scale,
     check_rows,
     check_target,
+    check_tensor,
     check_weight,
     w_map,
 )
@@ -78,6 +80,7 @@ def scatter2scatter(
     check_weight("weight", weight, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     check_bias(bias, routing, weight.shape[2], x.device)
     check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     rows = Rows(source, target, bias, row_scale)
     return product_rows(x, weight, routing, rows, plan)
 
@@ -120,8 +123,12 @@ def shrink(
         [rows, rank] in the dtype of x, rounded once.
     """
     check_rows("x", x, routing, source)
+    check_tensor("factor", factor)
+    if factor.ndim != 3:
+        raise ValueError(f"factor must be [experts, rank, k], got shape {list(factor.shape)}")
     check_weight("factor", factor.mT, routing, width=x.shape[1], dtype=x.dtype, device=x.device)
     check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     if plan is None:
         plan = product_plan(x, factor.mT, routing, Operation.SHRINK, factor.shape[1])
     rows = Rows(source, RowOrder.EXPERT, None, row_scale)

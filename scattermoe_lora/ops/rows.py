@@ -109,6 +109,10 @@ def combine(
             raise ValueError(
                 f"out must have shape {[routing.tokens, y.shape[1]]}, got {list(out.shape)}"
             )
+        if 0 in [stride for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1]:
+            raise ValueError(
+                f"out must have a place for each element, got strides {list(out.stride())}"
+            )
     if out.numel():
         width = y.shape[1]
         gates, gates_form, pointers = coefficients(gates)

@@ -19,7 +19,7 @@ from ..plan import Operation, Path, Plan, current_precision
 from ..plan_table import plan_for
 from ..routing import Routing, RowOrder
 from ..weights import LoRAWeights
-from ._check import check_lora, check_row_scale, check_rows, check_same
+from ._check import check_lora, check_plan, check_row_scale, check_rows, check_same
 from ._tile import Matrix, coefficients, matrix, row_of_slot
 from .gram import launch_gram
 from .grouped_mm import by_expert, grouped_gram, scaled
@@ -60,8 +60,9 @@ def lora_weight_grad(
     check_rows("x", x, routing, x_order)
     check_rows("dy", dy, routing, dy_order)
     check_same("dy", dy, "x", x)
-    check_lora(lora, routing, x.shape[1], dy.shape[1], x)
+    check_lora(lora, routing, x.shape[1], dy.shape[1], x, n_name="dy")
     check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     for name, low in (("xa", xa), ("yb", yb)):
         if low is None:
             continue
@@ -158,6 +159,7 @@ def expert_weight_grad(
     check_rows("dy", dy, routing, dy_order)
     check_same("dy", dy, "x", x)
     check_row_scale("row_scale", row_scale, routing)
+    check_plan(plan)
     if plan is None:
         plan = weight_grad_plan(x, dy, routing, 0)
     if plan.path is Path.GROUPED_MM:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._sizes import ceil_div
+from ..ops._check import check_tensor
 from ..routing import Routing
 from ..weights import LoRAWeights
 from .formats import StoredExperts
@@ -42,12 +43,18 @@ class ActiveExperts:
                 them. Where no row is routed, expert 0 alone is kept by default.
 
         Raises:
-            ValueError: ids is empty, or has another shape or device than the routing needs.
+            TypeError: ids is no tensor of int64.
+            ValueError: ids is empty, or has another shape or device than the routing needs; on a
+                CPU also where it is not ascending or lacks an expert that has rows.
         """
+        stated = ids is not None
         if ids is None:
             ids = active_experts(routing)
             if ids.numel() == 0:
                 ids = torch.zeros(1, dtype=torch.int64, device=routing.device)
+        check_tensor("ids", ids)
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64, got {ids.dtype}")
         if ids.ndim != 1 or not 1 <= ids.numel() <= routing.experts:
             raise ValueError(
                 f"ids must be [selected] with 1 to {routing.experts} experts, got shape "
@@ -55,6 +62,8 @@ class ActiveExperts:
             )
         if ids.device != routing.device:
             raise ValueError(f"ids is on {ids.device} but the routing is on {routing.device}")
+        if stated and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_ids(ids, routing)
         # Dropped rows hold expert `experts`, above every id, and stay dropped.
         compact = torch.searchsorted(ids, routing.expert_of_row.to(ids.dtype))
         return cls(
@@ -77,6 +86,16 @@ class ActiveExperts:
         return table.index_select(0, self.ids)
 
 
+def _check_ids(ids: Tensor, routing: Routing) -> None:
+    known = set(ids.tolist())
+    if sorted(known) != ids.tolist() or not 0 <= min(known) <= max(known) < routing.experts:
+        raise ValueError(
+            f"ids must be ascending experts of 0 to {routing.experts - 1}, got {ids.tolist()}"
+        )
+    if missing := [expert for expert in active_experts(routing).tolist() if expert not in known]:
+        raise ValueError(f"ids lacks expert {missing[0]}, which has rows")
+
+
 def chunks(
     stored: StoredExperts, budget_bytes: int, *, dtype: torch.dtype, experts: int | None = None
 ) -> list[range]:
@@ -86,8 +105,10 @@ def chunks(
     the device.
 
     Raises:
-        ValueError: one expert alone exceeds the budget.
+        ValueError: one expert alone exceeds the budget, or there are none.
     """
+    if experts is not None and experts < 1:
+        raise ValueError(f"experts must be at least 1, got {experts}")
     each = math.prod(stored.shape) * dtype.itemsize
     fitting = budget_bytes // each
     if fitting < 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._sizes import ceil_div
+from ..ops._check import check_tensor
 from ..ops._selection import check_dtype, output, select
 from ..ops.dequantize import DequantizePlan, NestedScales, dequantize_four_bit
 from ..ops.dequantize_scaled import dequantize_scaled
@@ -245,8 +246,8 @@ class Float8(_Stacked):
 
     def __post_init__(self) -> None:
         _check_data(self.data, (torch.float8_e4m3fn, torch.float8_e5m2))
-        if min(self.block) < 1:
-            raise ValueError(f"block must be at least 1 x 1 elements, got {list(self.block)}")
+        _check_block(self.block)
+        check_tensor("scale", self.scale)
         grid = _grid_of(self.shape, self.block)
         if list(self.scale.shape) != [self.experts, *grid]:
             raise ValueError(
@@ -277,6 +278,9 @@ class Float8(_Stacked):
             ValueError: the shape of scale says nothing that fits the experts.
         """
         _check_data(data, (torch.float8_e4m3fn, torch.float8_e5m2))
+        check_tensor("scale", scale)
+        if block is not None:
+            _check_block(block)
         if not scale.dtype.is_floating_point:
             raise TypeError(f"scale must be floating point, got {scale.dtype}")
         experts, d1, d2 = data.shape
@@ -393,7 +397,13 @@ def _check_stack(experts: int, shape: tuple[int, int]) -> None:
         )
 
 
+def _check_block(block: tuple[int, int]) -> None:
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block must be at least 1 x 1 elements, got {list(block)}")
+
+
 def _check_data(data: Tensor, dtypes: tuple[torch.dtype, ...], *, dense: bool = False) -> None:
+    check_tensor("data", data)
     if data.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"data must be {names}, got {data.dtype}")
@@ -404,6 +414,7 @@ def _check_data(data: Tensor, dtypes: tuple[torch.dtype, ...], *, dense: bool = 
 
 
 def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, numel: int) -> None:
+    check_tensor(name, value)
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
     if value.numel() != numel:

@@ -6,11 +6,13 @@ storage in the dtype of the product is handed out as it is, without a copy.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops._check import check_tensor
 from .active import chunks
 from .formats import Dense, StoredExperts
 
@@ -24,13 +26,33 @@ class StoredWeight:
     ids: the experts to use, int64 [selected] on the device of the storage; None for all.
 
     Raises:
-        ValueError: one expert alone exceeds the budget (when the product runs).
+        TypeError: stored or ids is of another type.
+        ValueError: the storage is trained, which takes its tensor as the weight; one expert alone
+            exceeds the budget (when the product runs).
     """
 
     stored: StoredExperts
     transposed: bool
     budget_bytes: int | None = None
     ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.stored, "dense"):
+            raise TypeError(
+                f"stored must be experts in a storage format, got {type(self.stored).__name__}"
+            )
+        if self.ids is not None:
+            check_tensor("ids", self.ids)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in _parts(self.stored)):
+            raise ValueError(
+                "the stored experts require a gradient, which does not reach a storage: pass the "
+                "tensor itself as the weight, or its detached storage"
+            )
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor of the storage was changed in place."""
+        return tuple(part._version for part in _parts(self.stored) if not part.is_inference())
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,3 +107,13 @@ class StoredWeight:
         first, second = self.stored.shape
         packed = data.stride() == (first * second, second, 1) and data.data_ptr() % 16 == 0
         return packed and data.dtype == dtype
+
+
+def _parts(value: Any) -> Iterator[Tensor]:
+    """The tensors of a storage format that is a dataclass."""
+    for field in fields(value) if is_dataclass(value) else ():
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor):
+            yield part
+        elif is_dataclass(part):
+            yield from _parts(part)
