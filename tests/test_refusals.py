@@ -178,7 +178,7 @@ def on_path(path):
 
 
 DEVICE = "on meta but"
-SLOTS = f"must have shape {[ROWS]} or {[ROWS // TOP_K, TOP_K]}, got {[ROWS // TOP_K - 1, TOP_K]}"
+SLOTS = f"must have shape {[ROWS]} or {[TOKENS, TOP_K]}, got {[TOKENS - 1, TOP_K]}"
 SCALED = (
     *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
     ("row_scale", listed, TypeError, "must be a tensor, got list"),
@@ -218,8 +218,8 @@ LORA = (
     ("lora", factors(fewer), ValueError, EXPERTS_LOST),
     ("lora", wide, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
     ("lora", factors(torch.Tensor.half), TypeError, "lora is torch.float16; with x in torch.float"),
+    ("lora", tall, ValueError, f"lora.b has output width {N - 1} but the weight has {N}"),
 )
-TALL = ("lora", tall, ValueError, f"lora.b has output width {N - 1} but the weight has {N}")
 
 
 def rows_of(name, rows, called=None):
@@ -256,7 +256,7 @@ PLAIN = sm.Plan(path=sm.Path.SPLIT, tile=TILE)
 
 REFUSED = {
     expert_linear: (
-        *X[1:], *WEIGHT, *BIAS, *LORA, TALL, *GATED, ROUTING, TARGET,
+        *X[1:], *WEIGHT, *BIAS, *LORA, *GATED, ROUTING, TARGET,
         ("source", listed, TypeError, "the row order of x must be of type RowOrder, got list"),
         ("plans", listed, TypeError, "plans must be of type Plans, got list"),
         ("target", lambda order: EXPERT, ValueError, "target must be SLOT, got EXPERT"),
@@ -268,7 +268,7 @@ REFUSED = {
         ("plan", lambda plan: sm.Plan(path=sm.Path.TILES, tile=MAPPED), ValueError, UNMAPPED),
     ),
     lora_forward: (
-        *X, *WEIGHT, *BIAS, *LORA, TALL, *SCALED, *paths(sm.Operation.LORA_FORWARD), NO_BLOCKS,
+        *X, *WEIGHT, *BIAS, *LORA, *SCALED, *paths(sm.Operation.LORA_FORWARD), NO_BLOCKS,
         ROUTING, TARGET,
         ("target", lambda order: TOKEN, ValueError, "RowOrder.EXPERT, got RowOrder.TOKEN"),
         ("plan", lambda p: PLAIN, ValueError, "on the split path needs a shrink tile"),
@@ -291,15 +291,14 @@ REFUSED = {
         ("factor", torch.Tensor.half, TypeError, "factor is torch.float16 but"),
     ),
     lora_weight_grad: (
-        *X, *DY, HALF_DY, *LORA, *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD), ROUTING,
+        *X, *DY, HALF_DY, *LORA[:-1], *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD), ROUTING,
         ("lora", tall, ValueError, f"lora.b has output width {N - 1} but dy has {N}"),
         *rows_of("xa", ROWS), *rows_of("yb", ROWS),
         ("xa", narrow, ValueError, f"xa has width {RANK - 1} but the rank is {RANK}"),
         ("yb", narrow, ValueError, f"yb has width {RANK - 1} but the rank is {RANK}"),
         ("xa", torch.Tensor.half, TypeError, "xa is torch.float16 but x is torch.float32"),
         ("yb", torch.Tensor.half, TypeError, "yb is torch.float16 but x is torch.float32"),
-        ("xa", lambda v: None, ValueError, "xa is needed on the gram path"),
-        ("yb", lambda v: None, ValueError, "yb is needed on the gram path"),
+        *((low, lambda v: None, ValueError, f"{low} is needed on the gram") for low in ("xa", "yb")),
     ),
     expert_weight_grad: (
         *X, *DY, HALF_DY, ROUTING, *SCALED, *paths(sm.Operation.EXPERT_WEIGHT_GRAD), NO_BLOCKS,
