@@ -25,6 +25,7 @@ COMPONENTS = (
     "routing",
     "weights",
     "plan",
+    "candidates",
     "plan_table",
     "ops",
     "quant",
