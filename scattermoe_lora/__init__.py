@@ -2,10 +2,10 @@
 
 from . import library as library
 from .autograd import Plans, expert_linear
-from .candidates import candidates
 from .layers import Projection, experts_mlp
 from .ops import Activation, Gate
 from .plan import Device, Operation, Path, Plan, Precision, Problem, Tile, choose
+from .plan_candidates import candidates
 from .routing import Routing, RowOrder
 from .weights import LoRAWeights
 

@@ -33,20 +33,13 @@ from .plan import PATHS, Operation, Plan
 from .routing import Routing, RowOrder
 from .weights import BlockedWeight, LoRAWeights
 
-_OPERATIONS = {
-    "forward": (Operation.LORA_FORWARD, Operation.SCATTER2SCATTER),
-    "input_grad": (Operation.LORA_INPUT_GRAD, Operation.SCATTER2SCATTER),
-    "weight_grad": (Operation.LORA_WEIGHT_GRAD,),
-}
-"""What each plan of a projection is for: with an adapter and without one."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plans:
     """Plans of one projection; None lets `choose` decide.
 
     Raises:
-        TypeError, ValueError: one is no plan, or its path is none of what it is for.
+        TypeError: one is no plan.
     """
 
     forward: Plan | None = None
@@ -54,15 +47,24 @@ class Plans:
     weight_grad: Plan | None = None
 
     def __post_init__(self) -> None:
-        for name, operations in _OPERATIONS.items():
+        for name in ("forward", "input_grad", "weight_grad"):
             plan = getattr(self, name)
-            if plan is None:
-                continue
-            check_type(f"the plan of {name}", plan, Plan)
-            paths = [path for operation in operations for path in PATHS[operation]]
-            if plan.path not in paths:
-                known = ", ".join(dict.fromkeys(path.value for path in paths))
-                raise ValueError(f"{name} has no path {plan.path.value!r}; it has {known}")
+            if plan is not None:
+                check_type(f"the plan of {name}", plan, Plan)
+
+    def check_paths(self, *, adapted: bool) -> None:
+        """Refuse a plan whose path the projection, with an adapter or without, does not have."""
+        if adapted:
+            operations = (Operation.LORA_FORWARD, Operation.LORA_INPUT_GRAD)
+        else:
+            operations = (Operation.SCATTER2SCATTER, Operation.SCATTER2SCATTER)
+        stated = (self.forward, self.input_grad, self.weight_grad)
+        for plan, operation in zip(stated, (*operations, Operation.LORA_WEIGHT_GRAD), strict=True):
+            if plan is not None and plan.path not in PATHS[operation]:
+                known = ", ".join(path.value for path in PATHS[operation])
+                raise ValueError(
+                    f"{operation.value} has no path {plan.path.value!r}; it has {known}"
+                )
 
 
 CHOSEN = Plans()
@@ -72,8 +74,7 @@ CHOSEN = Plans()
 class Call:
     """What a projection is told and does not differentiate.
 
-    blocks: the weight, where it is not a tensor but decoded block by block. versions: those of its
-    storage at the time of the call.
+    blocks: the weight, where it is not a tensor but decoded block by block.
     """
 
     routing: Routing
@@ -82,7 +83,6 @@ class Call:
     scaling: float
     plans: Plans
     blocks: BlockedWeight | None = None
-    versions: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -94,17 +94,26 @@ class Call:
         target: RowOrder,
         plans: Plans,
     ) -> "Call":
-        """The call of a projection, whose weight it keeps where that comes in blocks."""
-        blocks = None if isinstance(weight, Tensor) else weight
+        """The call of a projection, whose weight it keeps where that comes in blocks.
+
+        Raises:
+            ValueError: a stated plan has a path that the projection does not have.
+        """
+        if plans is not CHOSEN:
+            plans.check_paths(adapted=lora is not None)
         return cls(
             routing=routing,
             source=source,
             target=target,
             scaling=1.0 if lora is None else lora.scaling,
             plans=plans,
-            blocks=blocks,
-            versions=() if blocks is None else blocks.versions,
+            blocks=None if isinstance(weight, Tensor) else weight,
         )
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How often the storage of a weight in blocks was changed in place."""
+        return () if self.blocks is None else self.blocks.versions
 
 
 class Saved(NamedTuple):
@@ -169,8 +178,7 @@ def expert_linear(
         x = autocast_to(dtype, "x", x)
         if isinstance(weight, Tensor):
             weight = autocast_to(dtype, "weight", weight)
-        if lora is not None and lora.a.dtype != torch.float32:
-            lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+        lora = autocast_factors(dtype, "lora", lora)
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(weight, Tensor) and plans == CHOSEN:
         return compiled_linear(x, weight, lora, bias, gates, routing, source, target)
@@ -178,8 +186,26 @@ def expert_linear(
     call = Call.of(weight, lora, routing, source, target, plans)
     a, b = (None, None) if lora is None else (lora.a, lora.b)
     dense = weight if isinstance(weight, Tensor) else None
-    apply = untraced_linear if compiling else ExpertLinear.apply
-    return apply(x, dense, a, b, bias, gates, call)
+    run = untraced_linear if compiling else run_linear
+    return run(x, dense, a, b, bias, gates, call)
+
+
+def autocast_factors(dtype: torch.dtype, name: str, lora: LoRAWeights | None) -> LoRAWeights | None:
+    """An adapter in the dtype of autocast, or in fp32 where it is that.
+
+    Raises:
+        TypeError: as `autocast_to`.
+    """
+    if lora is None or lora.a.dtype == torch.float32:
+        return lora
+    a, b = autocast_to(dtype, f"{name}.a", lora.a), autocast_to(dtype, f"{name}.b", lora.b)
+    return LoRAWeights(a=a, b=b, scaling=lora.scaling)
+
+
+def run_linear(*operands: Any) -> Tensor:
+    """`ExpertLinear.apply`, but for stored experts whose gradient would be lost."""
+    refuse_trained(operands[-1])
+    return ExpertLinear.apply(*operands)
 
 
 def autocast_to(dtype: torch.dtype, name: str, operand: Tensor) -> Tensor:
@@ -194,8 +220,41 @@ def autocast_to(dtype: torch.dtype, name: str, operand: Tensor) -> Tensor:
 
 @torch.compiler.disable(reason="torch.compile traces dense weights without stated plans")
 def untraced_linear(*operands: Any) -> Tensor:
-    """`ExpertLinear.apply`, which breaks a graph instead of being traced down to the launches."""
-    return ExpertLinear.apply(*operands)
+    """`run_linear`, which breaks a graph instead of being traced down to the launches."""
+    return run_linear(*operands)
+
+
+def refuse_trained(*calls: Call) -> None:
+    """Stored experts have no gradient, so none may be asked for.
+
+    Raises:
+        ValueError: a storage requires one.
+    """
+    stored = [call.blocks for call in calls if call.blocks is not None]
+    if stored and torch.is_grad_enabled() and any(blocks.trains for blocks in stored):
+        raise ValueError(
+            "the stored experts require a gradient, which does not reach a storage: pass the "
+            "tensor itself as the weight, or a storage of it detached"
+        )
+
+
+def refuse_changed(versions: tuple[int, ...], *calls: Call) -> None:
+    """What saved tensors do for dense weights: a gradient is that of the weights of the forward.
+
+    Raises:
+        RuntimeError: a storage was changed in place since it had these versions.
+    """
+    now = versions_of(*calls)
+    if now != versions:
+        raise RuntimeError(
+            "stored experts that the gradient needs were changed in place after the forward: their "
+            f"tensors are at versions {list(now)}, expected {list(versions)}"
+        )
+
+
+def versions_of(*calls: Call) -> tuple[int, ...]:
+    """Those of the storages of all calls."""
+    return tuple(version for call in calls for version in call.versions)
 
 
 def compiled_linear(
@@ -233,7 +292,7 @@ class ExpertLinear(torch.autograd.Function):
         out, xa, y = linear_forward(x, weight, a, b, bias, gates, call)
         wants_gates = gates is not None and ctx.needs_input_grad[5]
         wants_x = any(ctx.needs_input_grad[index] for index in (1, 2, 3))
-        ctx.call = call
+        ctx.call, ctx.versions = call, call.versions if any(ctx.needs_input_grad) else ()
         ctx.save_for_backward(
             x if wants_x else None, weight, a, b, bias, gates, xa, y if wants_gates else None
         )
@@ -244,6 +303,7 @@ class ExpertLinear(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
         saved = Saved(*ctx.saved_tensors)
+        refuse_changed(ctx.versions, ctx.call)
         return (*linear_backward(dout, saved, ctx.call, ctx.needs_input_grad), None)
 
 
@@ -323,17 +383,22 @@ def check_stack_of(
     *,
     part: str,
     x_name: str,
+    k_name: str = "",
 ) -> None:
-    """What rows [rows, width] demand of weight, adapter and bias, in the dtype of x.
+    """What rows [rows, width] demand of weight, adapter and bias, of the dtype and device of x.
 
-    part: what stands before the names of these in a refusal.
+    part: what stands before the names of these in a refusal. k_name: what the rows are called
+    there, unless they are x.
     """
     check_weight(
         f"{part}weight", weight, routing,
-        width=width, dtype=x.dtype, device=x.device, x_name=x_name,
+        width=width, dtype=x.dtype, device=x.device, x_name=x_name, k_name=k_name,
     )  # fmt: skip
     if lora is not None:
-        check_lora(lora, routing, width, weight.shape[2], x, name=f"{part}lora", x_name=x_name)
+        check_lora(
+            lora, routing, width, weight.shape[2], x,
+            name=f"{part}lora", x_name=x_name, k_name=k_name,
+        )  # fmt: skip
     check_bias(bias, routing, weight.shape[2], x.device, name=f"{part}bias", x_name=x_name)
 
 
@@ -385,12 +450,6 @@ def gradient_shrink(dout: Tensor, b: Tensor, dy_order: RowOrder, call: Call) -> 
 
 
 def _stack(weight: Tensor | None, call: Call) -> Tensor | BlockedWeight:
-    if weight is not None:
-        return weight
-    assert call.blocks is not None, "a projection has a weight, as a tensor or in blocks"
-    if call.blocks.versions != call.versions:
-        raise RuntimeError(
-            "stored experts that the gradient needs were changed in place after the forward: their "
-            f"tensors are at versions {call.blocks.versions}, expected {call.versions}"
-        )
-    return call.blocks
+    stack = call.blocks if weight is None else weight
+    assert stack is not None, "a projection has a weight, as a tensor or in blocks"
+    return stack

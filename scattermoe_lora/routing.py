@@ -186,7 +186,7 @@ def _check_integers(name: str, value: Tensor) -> None:
 
 def _count(name: str, value: Any) -> Any:
     """An int of any integer, those of numpy too; a symbolic one as it is."""
-    if not isinstance(value, numbers.Integral | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     return value if isinstance(value, torch.SymInt) else int(value)
 

@@ -30,6 +30,10 @@ class BlockedWeight(Protocol):
         """The layout of its blocks that a tensor map can address: "nk", "kn", or "" for none."""
 
     @property
+    def trains(self) -> bool:
+        """Whether it requires a gradient, which products do not compute of blocks."""
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """How often each tensor of the storage was changed in place."""
 

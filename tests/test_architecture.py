@@ -25,7 +25,7 @@ COMPONENTS = (
     "routing",
     "weights",
     "plan",
-    "candidates",
+    "plan_candidates",
     "plan_table",
     "ops",
     "quant",

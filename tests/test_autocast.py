@@ -15,15 +15,17 @@ def ones(*shape):
     return torch.ones(*shape)
 
 
-def projected(x, weight):
+def projected(x, weight, lora=None):
     routing = sm.Routing.from_top_k(INDEX, EXPERTS)
-    return sm.expert_linear(x, weight, routing, source=sm.RowOrder.TOKEN, target=sm.RowOrder.SLOT)
+    return sm.expert_linear(
+        x, weight, routing, lora=lora, source=sm.RowOrder.TOKEN, target=sm.RowOrder.SLOT
+    )
 
 
-def layer(x, gates, w1, w2, *, bias=None, index=INDEX):
+def layer(x, gates, w1, w2, *, lora=None, bias=None, index=INDEX):
     routing = sm.Routing.from_top_k(index, EXPERTS, sentinels=True)
     return sm.experts_mlp(
-        x, gates, routing, gate_up=sm.Projection(weight=w1),
+        x, gates, routing, gate_up=sm.Projection(weight=w1, lora=lora),
         down=sm.Projection(weight=w2, bias=bias), activation=sm.Activation(),
     )  # fmt: skip
 
@@ -42,8 +44,34 @@ def test_codes_are_no_weights_under_autocast_either(dtype, cast):
             (r"down\.weight", lambda: layer(x, gates, w1, w2.to(dtype))),
             ("hidden", lambda: layer(x.to(dtype), gates, w1, w2)),
         ):
-            with pytest.raises(TypeError, match=f"^{name} .*{dtype!s}"):
+            with pytest.raises(TypeError, match=rf"^{name} .*{dtype}"):
                 call()
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
+def test_nor_are_they_factors(dtype, cast):
+    x, gates = ones(TOKENS, HIDDEN), ones(TOKENS, TOP_K)
+    w1, w2 = ones(EXPERTS, HIDDEN, 2 * INNER), ones(EXPERTS, INNER, HIDDEN)
+    a, b = ones(EXPERTS, 2, HIDDEN).to(dtype), ones(EXPERTS, 2 * INNER, 2).to(dtype)
+    lora = sm.LoRAWeights(a=a, b=b, scaling=1.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        with pytest.raises(TypeError, match=rf"^lora.*{dtype}"):
+            projected(x, w1, lora)
+        with pytest.raises(TypeError, match=rf"^gate_up\.lora.*{dtype}"):
+            layer(x, gates, w1, w2, lora=lora)
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+def test_nor_are_codes_biases_or_gates(cast):
+    x, gates = ones(TOKENS, HIDDEN), ones(TOKENS, TOP_K)
+    w1, w2 = ones(EXPERTS, HIDDEN, 2 * INNER), ones(EXPERTS, INNER, HIDDEN)
+    bias, codes = ones(EXPERTS, HIDDEN), torch.float8_e5m2
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        with pytest.raises(TypeError, match=r"^down\.bias must be floating point of 16 bits"):
+            layer(x, gates, w1, w2, bias=bias.to(codes))
+        with pytest.raises(TypeError, match=r"^gates must be floating point of 16 bits"):
+            layer(x, gates.to(codes), w1, w2, bias=bias)
 
 
 def test_gradients_of_gates_do_not_change_with_autocast_in_backward():

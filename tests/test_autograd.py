@@ -8,8 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import scattermoe_lora as sm
-from scattermoe_lora.candidates import with_path
-from scattermoe_lora.plan import current_precision
+from scattermoe_lora.plan import current_precision, with_path
 from scattermoe_lora.quant import ActiveExperts, Dense, StoredWeight
 
 pytestmark = pytest.mark.correctness

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 import scattermoe_lora as sm
-from scattermoe_lora.candidates import with_path
 from scattermoe_lora.ops import lora as lora_ops
 from scattermoe_lora.ops import product, scatter2scatter
-from scattermoe_lora.plan import PATHS
+from scattermoe_lora.plan import PATHS, with_path
 
 pytestmark = pytest.mark.correctness
 

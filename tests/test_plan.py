@@ -11,14 +11,15 @@ import torch
 import scattermoe_lora as sm
 from scattermoe_lora import plan_table
 from scattermoe_lora._syntax import device_code
-from scattermoe_lora.candidates import variations, with_path
 from scattermoe_lora.plan import (
     INTERPRETER,
     PATHS,
     check_height,
     fit,
     stage_bytes,
+    with_path,
 )
+from scattermoe_lora.plan_candidates import variations
 
 pytestmark = pytest.mark.correctness
 HOPPER = sm.Device(

@@ -5,6 +5,7 @@ import torch
 
 import scattermoe_lora as sm
 from scattermoe_lora import ops
+from scattermoe_lora._launch import Launch
 from scattermoe_lora.plan import INTERPRETER
 
 pytestmark = pytest.mark.correctness
@@ -29,18 +30,35 @@ def test_a_plan_is_of_the_types_that_it_states(wrong, words):
         sm.Plan(**{"path": sm.Path.TILES, "tile": TILE, **wrong})
 
 
-@pytest.mark.parametrize(
-    ("name", "plan", "known"),
-    [
-        ("forward", GRAM, "epilogue, fused, split, grouped_mm, tiles"),
-        ("input_grad", GRAM, "epilogue, fused, split, grouped_mm, tiles"),
-        ("weight_grad", EPILOGUE, "gram, recompute, grouped_mm"),
-    ],
-)
-def test_a_path_that_a_gradient_does_not_have_is_refused_before_the_forward(name, plan, known):
-    words = f"{name} has no path '{plan.path.value}'; it has {known}"
+PATHS = [
+    ("forward", GRAM, True, "lora_forward has no path 'gram'; it has epilogue, fused, split, g"),
+    ("forward", EPILOGUE, False, "scatter2scatter has no path 'epilogue'; it has tiles, grouped"),
+    ("input_grad", GRAM, True, "lora_input_grad has no path 'gram'; it has epilogue, fused"),
+    ("input_grad", EPILOGUE, False, "scatter2scatter has no path 'epilogue'; it has tiles, gr"),
+    ("weight_grad", EPILOGUE, True, "lora_weight_grad has no path 'epilogue'; it has gram, rec"),
+]
+
+
+@pytest.mark.parametrize(("name", "plan", "adapted", "words"), PATHS)
+def test_a_path_that_a_projection_does_not_have_is_refused_before_its_forward(
+    name, plan, adapted, words, monkeypatch
+):
+    launched = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *facts: launched.append(self))
+    plans, lora = sm.Plans(**{name: plan}), LORA if adapted else None
     with pytest.raises(ValueError, match=words):
-        sm.Plans(**{name: plan})
+        sm.expert_linear(X, W, ROUTING, lora=lora, plans=plans, **FORWARD)
+    part = sm.Projection(weight=W, lora=lora, plans=plans)
+    down = sm.Projection(weight=torch.ones(2, 2, 4))
+    with pytest.raises(ValueError, match=words):
+        sm.experts_mlp(
+            X, torch.ones(2, 1), ROUTING, gate_up=part, down=down, activation=sm.Activation()
+        )
+    assert not launched
+
+
+@pytest.mark.parametrize("name", ["forward", "input_grad", "weight_grad"])
+def test_a_name_is_no_plan(name):
     with pytest.raises(TypeError, match=f"the plan of {name} must be of type Plan, got str"):
         sm.Plans(**{name: "tiles"})
 

@@ -182,7 +182,7 @@ SLOTS = f"must have shape {[ROWS]} or {[TOKENS, TOP_K]}, got {[TOKENS - 1, TOP_K
 SCALED = (
     *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
     ("row_scale", listed, TypeError, "must be a tensor, got list"),
-    ("row_scale", torch.Tensor.int, TypeError, "must be floating point, got torch.int32"),
+    ("row_scale", torch.Tensor.int, TypeError, "must be floating point of 16 bits or more"),
 )
 GATED = (
     *SCALED[1:],
@@ -210,7 +210,7 @@ BIAS = (
     ("bias", away, ValueError, "bias is on meta but"),
     ("bias", narrow, ValueError, f"shape {[EXPERTS, N]}, got {[EXPERTS, N - 1]}"),
     ("bias", fewer, ValueError, f"shape {[EXPERTS, N]}, got {[EXPERTS - 1, N]}"),
-    ("bias", torch.Tensor.int, TypeError, "bias must be floating point, got torch.int32"),
+    ("bias", torch.Tensor.int, TypeError, "bias must be floating point of 16 bits or more"),
 )
 LORA = (
     ADAPTER,
@@ -298,7 +298,7 @@ REFUSED = {
         ("yb", narrow, ValueError, f"yb has width {RANK - 1} but the rank is {RANK}"),
         ("xa", torch.Tensor.half, TypeError, "xa is torch.float16 but x is torch.float32"),
         ("yb", torch.Tensor.half, TypeError, "yb is torch.float16 but x is torch.float32"),
-        *((low, lambda v: None, ValueError, f"{low} is needed on the gram") for low in ("xa", "yb")),
+        *((low, lambda v: None, ValueError, f"{low} is needed on the") for low in ("xa", "yb")),
     ),
     expert_weight_grad: (
         *X, *DY, HALF_DY, ROUTING, *SCALED, *paths(sm.Operation.EXPERT_WEIGHT_GRAD), NO_BLOCKS,

@@ -97,3 +97,5 @@ def test_counts_may_be_of_any_integer_type(kind):
     assert type(made.experts) is int
     with pytest.raises(TypeError, match="experts must be an integer, got float"):
         sm.Routing.from_top_k(index, float(EXPERTS))
+    with pytest.raises(TypeError, match="experts must be an integer, got bool"):
+        sm.Routing.from_top_k(index, experts=True)

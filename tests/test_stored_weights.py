@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import scattermoe_lora as sm
 from scattermoe_lora.quant import (
@@ -41,6 +42,10 @@ def projected(x, weight):
     return sm.expert_linear(x, weight, ROUTING, source=sm.RowOrder.TOKEN, target=sm.RowOrder.SLOT)
 
 
+def weight_of(data):
+    return StoredWeight(stored=Dense(data=data), transposed=False)
+
+
 def layer(x, weight):
     gates, identity = torch.ones(TOKENS, 2), torch.ones(EXPERTS, N // 2, K)
     return sm.experts_mlp(
@@ -78,13 +83,16 @@ def test_a_storage_made_under_inference_mode_has_no_versions():
     assert x.grad.eq(2 * N).all()
 
 
-def test_a_storage_that_trains_is_refused_where_its_gradient_would_be_lost():
+@pytest.mark.parametrize("function", [projected, layer])
+def test_a_storage_that_trains_is_refused_where_its_gradient_would_be_lost(function):
     data = torch.ones(EXPERTS, K, N, requires_grad=True)
-    with pytest.raises(ValueError, match="require a gradient, which does not reach a storage"):
-        StoredWeight(stored=Dense(data=data), transposed=False)
+    weight = weight_of(data)
+    x = torch.ones(TOKENS, K)
+    for call in (function, torch.compile(function, backend="aot_eager")):
+        with pytest.raises(ValueError, match="require a gradient, which does not reach a storage"):
+            call(x, weight)
     with torch.no_grad():
-        weight = StoredWeight(stored=Dense(data=data), transposed=False)
-        assert projected(torch.ones(TOKENS, K), weight).eq(K).all()
+        assert torch.equal(function(x, weight), function(x, weight_of(data.detach())))
 
 
 @pytest.mark.parametrize(
@@ -143,3 +151,14 @@ def test_experts_to_keep_are_int64_and_may_be_more_than_have_rows():
 def test_parts_that_are_missing_or_empty_are_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("function", [projected, layer])
+def test_stored_experts_break_a_graph_where_it_is_meant_alone(function):
+    """And where the interpreter's self-test looks at memory, which a GPU does not."""
+    torch.compiler.reset()
+    counters.clear()
+    x = torch.ones(TOKENS, K, requires_grad=True)
+    torch.compile(function, backend="eager")(x, weight_of(torch.ones(EXPERTS, K, N)))
+    (reason,) = (reason for reason in counters["graph_break"] if "UntypedStorage" not in reason)
+    assert "torch.compile traces dense weights without stated plans" in reason

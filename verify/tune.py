@@ -222,7 +222,7 @@ def search(trial: Trial, clock: Clock, rounds: int) -> Finding:
 
 
 def settle(findings: Sequence[Finding]) -> list[Finding]:
-    """One plan for all row counts of the same product, where one costs little in each.
+    """One plan for all row counts of a product, where they have one that costs little in each.
 
     A model's first step with another number of tokens then compiles nothing: what it would wait for
     takes seconds, and what it would gain microseconds.

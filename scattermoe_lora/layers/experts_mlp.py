@@ -20,11 +20,15 @@ from ..autograd import (
     CHOSEN,
     Call,
     Plans,
+    autocast_factors,
     autocast_to,
     check_stack_of,
     gradient_shrink,
     input_grad,
     product,
+    refuse_changed,
+    refuse_trained,
+    versions_of,
 )
 from ..ops import (
     Activation,
@@ -133,14 +137,21 @@ def experts_mlp(
         down=_call(down, routing, RowOrder.EXPERT, RowOrder.SLOT),
         activation=activation,
     )
-    apply = untraced_mlp if compiling else ExpertsMLP.apply
-    return apply(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
+    run = untraced_mlp if compiling else run_mlp
+    return run(hidden, gates, *_tensors(gate_up), *_tensors(down), call)
+
+
+def run_mlp(*operands: Any) -> Tensor:
+    """`ExpertsMLP.apply`, but for stored experts whose gradient would be lost."""
+    call = operands[-1]
+    refuse_trained(call.gate_up, call.down)
+    return ExpertsMLP.apply(*operands)
 
 
 @torch.compiler.disable(reason="torch.compile traces dense weights without stated plans")
 def untraced_mlp(*operands: Any) -> Tensor:
-    """`ExpertsMLP.apply`, which breaks a graph instead of being traced down to the launches."""
-    return ExpertsMLP.apply(*operands)
+    """`run_mlp`, which breaks a graph instead of being traced down to the launches."""
+    return run_mlp(*operands)
 
 
 def compiled_mlp(
@@ -166,7 +177,8 @@ class ExpertsMLP(torch.autograd.Function):
         """x, gates, then weight, a, b, bias of gate_up and of down, then the call."""
         *tensors, call = operands
         out, made = mlp_forward(Operands(*tensors), call)
-        ctx.call = call
+        trained = any(ctx.needs_input_grad)
+        ctx.call, ctx.versions = call, versions_of(call.gate_up, call.down) if trained else ()
         ctx.save_for_backward(*tensors, *made)
         return out
 
@@ -175,6 +187,7 @@ class ExpertsMLP(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs, None where none is required."""
         tensors = ctx.saved_tensors
+        refuse_changed(ctx.versions, ctx.call.gate_up, ctx.call.down)
         operands, made = Operands(*tensors[:10]), Intermediates(*tensors[10:])
         return (*mlp_backward(dout, operands, made, ctx.call, ctx.needs_input_grad), None)
 
@@ -271,9 +284,7 @@ def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
 
 
 def _cast(name: str, projection: Projection, dtype: torch.dtype) -> Projection:
-    lora = projection.lora
-    if lora is not None and lora.a.dtype != torch.float32:
-        lora = LoRAWeights(a=lora.a.to(dtype), b=lora.b.to(dtype), scaling=lora.scaling)
+    lora = autocast_factors(dtype, f"{name}.lora", projection.lora)
     weight = projection.weight
     if isinstance(weight, Tensor):
         weight = autocast_to(dtype, f"{name}.weight", weight)
@@ -287,11 +298,13 @@ def check_layer(hidden: Tensor, gate_up: Projection, down: Projection, routing: 
         TypeError, ValueError: an operand does not fit.
     """
     check_rows("hidden", hidden, routing, RowOrder.TOKEN)
-    widths = (hidden.shape[1], gate_up.weight.shape[2] // 2)
-    for name, part, width in zip(("gate_up", "down"), (gate_up, down), widths, strict=True):
+    for name, part, width, rows in (
+        ("gate_up", gate_up, hidden.shape[1], "hidden"),
+        ("down", down, gate_up.weight.shape[2] // 2, "the activation"),
+    ):
         check_stack_of(
             hidden, part.weight, part.lora, part.bias, routing, width,
-            part=f"{name}.", x_name="hidden",
+            part=f"{name}.", x_name="hidden", k_name=rows,
         )  # fmt: skip
     if down.weight.shape[2] != hidden.shape[1]:
         raise ValueError(

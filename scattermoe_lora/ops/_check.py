@@ -38,6 +38,12 @@ def check_dtype(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
 
 
+def check_number(name: str, value: Tensor) -> None:
+    """Floating point, and not the codes of 8 bits and less that need a scale."""
+    if not value.dtype.is_floating_point or value.itemsize < 2:
+        raise TypeError(f"{name} must be floating point of 16 bits or more, got {value.dtype}")
+
+
 def check_type(name: str, value: object, wanted: type) -> None:
     """An argument that is no operand: of the package's own type for it."""
     if not isinstance(value, wanted):
@@ -87,10 +93,11 @@ def check_weight(
     device: torch.device,
     width: int | None = None,
     x_name: str = "x",
+    k_name: str = "",
 ) -> None:
     """A stack [experts, width, n] for an x of these facts, as a tensor or as blocks.
 
-    width: that of x, or None where x is as wide as the outputs.
+    width: that of x, or of the operand k_name; None where x is as wide as the outputs.
     """
     check_stack(name, weight)
     if len(weight.shape) != 3:
@@ -104,7 +111,9 @@ def check_weight(
             f"{name} has {weight.shape[0]} experts but the routing has {routing.experts}"
         )
     if width is not None and weight.shape[1] != width:
-        raise ValueError(f"{name} takes inputs of width {weight.shape[1]} but {x_name} has {width}")
+        raise ValueError(
+            f"{name} takes inputs of width {weight.shape[1]} but {k_name or x_name} has {width}"
+        )
     if min(weight.shape) < 1:
         raise ValueError(f"{name} must not be empty, got shape {list(weight.shape)}")
 
@@ -118,12 +127,11 @@ def check_bias(
     name: str = "bias",
     x_name: str = "x",
 ) -> None:
-    """A bias [experts, width] of any floating dtype."""
+    """A bias [experts, width] of any floating dtype of 16 bits or more."""
     if bias is None:
         return
     check_tensor(name, bias)
-    if not bias.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {bias.dtype}")
+    check_number(name, bias)
     if tuple(bias.shape) != (routing.experts, width):
         raise ValueError(
             f"{name} must have shape {[routing.experts, width]}, got {list(bias.shape)}"
@@ -133,12 +141,11 @@ def check_bias(
 
 
 def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
-    """One coefficient per slot, floating point: [rows] in slot order, or [tokens, top_k]."""
+    """One coefficient per slot, of 16 bits or more: [rows] in slot order, or [tokens, top_k]."""
     if scale is None:
         return
     check_tensor(name, scale)
-    if not scale.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating point, got {scale.dtype}")
+    check_number(name, scale)
     shapes = [[routing.rows], [routing.tokens, routing.top_k]]
     if list(scale.shape) not in shapes:
         raise ValueError(
@@ -149,7 +156,7 @@ def check_row_scale(name: str, scale: Tensor | None, routing: Routing) -> None:
 
 
 def check_gates(gates: Tensor | None, routing: Routing) -> None:
-    """One coefficient per choice, floating point, [tokens, top_k]."""
+    """One coefficient per choice, of 16 bits or more, [tokens, top_k]."""
     check_type("routing", routing, Routing)
     if gates is None:
         return

@@ -14,6 +14,7 @@ interleaved columns. A TANH gate has alpha 1 and shift 0.
 
 import enum
 import math
+import numbers
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,7 +55,7 @@ class Activation:
             raise TypeError(f"gate must be a Gate, got {type(self.gate).__name__}")
         for name in ("alpha", "shift", "limit"):
             value = getattr(self, name)
-            if not isinstance(value, int | float):
+            if not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not (math.isfinite(self.alpha) and math.isfinite(self.shift)):
             raise ValueError(f"alpha and shift must be finite, got {self.alpha} and {self.shift}")

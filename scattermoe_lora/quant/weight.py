@@ -27,8 +27,7 @@ class StoredWeight:
 
     Raises:
         TypeError: stored or ids is of another type.
-        ValueError: the storage is trained, which takes its tensor as the weight; one expert alone
-            exceeds the budget (when the product runs).
+        ValueError: one expert alone exceeds the budget (when the product runs).
     """
 
     stored: StoredExperts
@@ -43,11 +42,11 @@ class StoredWeight:
             )
         if self.ids is not None:
             check_tensor("ids", self.ids)
-        if torch.is_grad_enabled() and any(part.requires_grad for part in _parts(self.stored)):
-            raise ValueError(
-                "the stored experts require a gradient, which does not reach a storage: pass the "
-                "tensor itself as the weight, or its detached storage"
-            )
+
+    @property
+    def trains(self) -> bool:
+        """Whether a tensor of the storage requires a gradient, which products do not compute."""
+        return any(part.requires_grad for part in _parts(self.stored))
 
     @property
     def versions(self) -> tuple[int, ...]:
