@@ -34,8 +34,8 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="expert_linear-scaling",
             what="the scaling is lost",
             file=_AUTOGRAD,
-            old="scaling=1.0 if lora is None else lora.scaling,\n        plans=plans",
-            new="scaling=1.0,\n        plans=plans",
+            old="scaling=1.0 if lora is None else lora.scaling,\n            plans=plans",
+            new="scaling=1.0,\n            plans=plans",
         ),
         Mutant(
             id="expert_linear-bias-gates",
@@ -85,14 +85,14 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="experts_mlp-bias-of-gate",
             what="the bias is lost in the gradient of the gates",
             file=_LAYER,
-            old="return dgates + part * kept",
+            old="return torch.where(expert_of_slot < routing.experts, dgates + part, dgates)",
             new="return dgates",
         ),
         Mutant(
             id="experts_mlp-dropped-gate",
             what="dropped slots get a gradient of their gate",
             file=_LAYER,
-            old="return dgates + part * kept",
+            old="return torch.where(expert_of_slot < routing.experts, dgates + part, dgates)",
             new="return dgates + part",
         ),
         Mutant(
@@ -127,8 +127,8 @@ LAYERS: Mapping[str, tuple[Mutant, ...]] = {
             id="experts_mlp-activation",
             what="the activation loses its form",
             file=_LAYER,
-            old="activation=activation,\n    )\n    apply =",
-            new="activation=replace(activation, limit=1.0),\n    )\n    apply =",
+            old="activation=activation,\n    )\n    run =",
+            new="activation=replace(activation, limit=1.0),\n    )\n    run =",
         ),
         Mutant(
             id="experts_mlp-exchanged",

@@ -304,8 +304,8 @@ PRODUCTS: Mapping[str, tuple[Mutant, ...]] = {
             id="lora_input_grad-gates",
             what="gates are lost in the gradient",
             file=_LORA,
-            old="rows = Rows(source, target, None, row_scale)\n    operation",
-            new="rows = Rows(source, target, None, None)\n    operation",
+            old="rows = Rows(source, target, None, row_scale)\n    down",
+            new="rows = Rows(source, target, None, None)\n    down",
         ),
         Mutant(
             id="lora_input_grad-adapter",
