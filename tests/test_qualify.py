@@ -126,12 +126,10 @@ def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
         ran.append(stage.name)
         return Result(name=stage.name, status="passed", words=stage.words)
 
-    def again(*, seed: int = 0, tune: float = 8.0) -> list[str]:
+    def again(*, seed: int = 0, tune: float = 8.0, place: Path = tmp_path / "one") -> list[str]:
         ran.clear()
-        stages = stages_of(
-            tmp_path, device="cpu", known=COMMANDS, budget=Budget(tune=tune), seed=seed
-        )
-        made = Qualification(tmp_path, stages, {}, seed=seed)
+        stages = stages_of(place, device="cpu", known=COMMANDS, budget=Budget(tune=tune), seed=seed)
+        made = Qualification(place, stages, {}, seed=seed)
         made.resume()
         made.run(lambda stage: None)
         assert json.loads(made.file.read_text())["seed"] == seed
@@ -143,6 +141,9 @@ def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
     assert again() == []
     assert again(tune=9.0) == ["tune"]
     assert again(tune=9.0, seed=3) == ["check", "check-plans", "fuzz", "bench"]
+    (tmp_path / "one").rename(tmp_path / "other")
+    assert again(tune=9.0, seed=3, place=tmp_path / "other") == []
+    assert str(tmp_path) not in (tmp_path / "other" / "qualify.json").read_text()
 
 
 @pytest.mark.correctness

@@ -6,6 +6,7 @@ with it.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -83,7 +84,10 @@ def stages_of(
         ),
         Stage(
             name="compile",
-            words=("compile", "--no-baseline", *own, *record("compile")),
+            words=(
+                *("compile", "--no-baseline", *own, *record("compile")),
+                *("--resume", str(directory / "compile.json")),
+            ),
             purpose="every plan compiles within the limits of the device",
         ),
         Stage(
@@ -226,7 +230,7 @@ class Qualification:
             "summary": {**counts, "complete": complete},
             "cannot": list(self.limits),
             "commands_missing": list(self.missing),
-            "stages": [{**asdict(result), "words": list(result.words)} for result in results],
+            "stages": [{**asdict(result), "words": _portable(result.words)} for result in results],
             "records": self._records(),
         }
         write_json(self.file, record)
@@ -250,9 +254,15 @@ class Qualification:
         return found
 
 
+def _portable(words: Sequence[str]) -> list[str]:
+    """The words of a stage, whose files are named as they are called within the directory."""
+    return [Path(word).name if os.sep in word else word for word in words]
+
+
 def _asked(words: Sequence[str]) -> list[str]:
-    """The words of a stage without the directory that is made for it alone."""
-    place = list(words).index("--directory") if "--directory" in words else len(words)
+    """Those, without the directory that is made for the stage alone."""
+    words = _portable(words)
+    place = words.index("--directory") if "--directory" in words else len(words)
     return [*words[:place], *words[place + 2 :]]
 
 
