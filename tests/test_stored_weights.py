@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import scattermoe_lora as sm
+from scattermoe_lora.ops.dequantize import NestedScales
 from scattermoe_lora.quant import (
     ActiveExperts,
     Dense,
@@ -17,6 +18,7 @@ from scattermoe_lora.quant import (
 
 pytestmark = pytest.mark.correctness
 EXPERTS, TOKENS, K, N = 4, 3, 8, 16
+BLOCKS = EXPERTS * K * N // 64
 INDEX = torch.tensor([[0, 1], [1, 3], [3, 0]])
 ROUTING = sm.Routing.from_top_k(INDEX, EXPERTS)
 FORMATS = {
@@ -27,15 +29,25 @@ FORMATS = {
     "int8": lambda: Int8RowWise(
         data=torch.ones(EXPERTS, K, N, dtype=torch.int8), row_scale=torch.ones(EXPERTS * K)
     ),
-    "four bits": lambda: FourBit(
-        packed=torch.full((EXPERTS * K * N // 2,), 17, dtype=torch.uint8),
-        absmax=torch.ones(EXPERTS * K * N // 64),
-        codebook=torch.linspace(-1, 1, 16),
-        blocksize=64,
-        experts=EXPERTS,
-        shape=(K, N),
+    "four bits": lambda: four_bit(torch.ones(BLOCKS)),
+    "nested": lambda: four_bit(
+        torch.ones(BLOCKS, dtype=torch.uint8),
+        nested=NestedScales(
+            code=torch.ones(256),
+            absmax=torch.ones(1),
+            offset=torch.zeros(1),
+            blocksize=256,
+        ),
     ),
 }
+
+
+def four_bit(absmax, nested=None):
+    packed = torch.full((EXPERTS * K * N // 2,), 17, dtype=torch.uint8)
+    return FourBit(
+        packed=packed, absmax=absmax, codebook=torch.linspace(-1, 1, 16), blocksize=64,
+        experts=EXPERTS, shape=(K, N), nested=nested,
+    )  # fmt: skip
 
 
 def projected(x, weight):
@@ -55,11 +67,14 @@ def layer(x, weight):
 
 
 @pytest.mark.parametrize("function", [projected, layer])
-@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_a_storage_that_changed_since_the_forward_gives_no_gradient(make, function):
-    stored = make()
-    parts = [value for value in vars_of(stored).values() if torch.is_tensor(value)]
-    assert parts
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("dense", 1), ("float8", 2), ("int8", 2), ("four bits", 3), ("nested", 6)],
+)
+def test_a_storage_that_changed_since_the_forward_gives_no_gradient(name, count, function):
+    stored = FORMATS[name]()
+    parts = parts_of(stored)
+    assert len(parts) == count
     for part in parts:
         x = torch.ones(TOKENS, K, requires_grad=True)
         weight = StoredWeight(stored=stored, transposed=False)
@@ -70,8 +85,12 @@ def test_a_storage_that_changed_since_the_forward_gives_no_gradient(make, functi
             out.sum().backward()
 
 
-def vars_of(stored):
-    return {name: getattr(stored, name) for name in stored.__dataclass_fields__}
+def parts_of(stored):
+    values = [getattr(stored, name) for name in stored.__dataclass_fields__]
+    nested = [
+        part for value in values if isinstance(value, NestedScales) for part in parts_of(value)
+    ]
+    return [value for value in values if torch.is_tensor(value)] + nested
 
 
 def test_a_storage_made_under_inference_mode_has_no_versions():
@@ -162,3 +181,7 @@ def test_stored_experts_break_a_graph_where_it_is_meant_alone(function):
     torch.compile(function, backend="eager")(x, weight_of(torch.ones(EXPERTS, K, N)))
     (reason,) = (reason for reason in counters["graph_break"] if "UntypedStorage" not in reason)
     assert "torch.compile traces dense weights without stated plans" in reason
+
+
+def test_one_expert_is_one_chunk():
+    assert chunks(FORMATS["dense"](), 10**6, dtype=torch.float32, experts=1) == [range(1)]
