@@ -391,3 +391,13 @@ def test_a_launch_takes_the_plan_of_the_table_and_else_of_the_heuristic(monkeypa
 
     assert taken(asked.n) == other
     assert taken(512) == sm.choose(asked._replace(n=512), INTERPRETER)
+
+
+@pytest.mark.parametrize("operation", [FORWARD, WEIGHT_GRAD])
+def test_no_candidate_of_a_gpu_has_more_accumulators_than_registers(operation):
+    """192 of the 255 registers of a thread."""
+    found = [plan.tile for plan in sm.candidates(problem(operation=operation), HOPPER)]
+    assert len(found) > 3
+    for tile in found:
+        height = tile.block_k if operation is WEIGHT_GRAD else tile.block_m
+        assert height * tile.block_n <= 192 * 32 * tile.warps, tile
