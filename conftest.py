@@ -1,6 +1,8 @@
 """Chooses GPU or interpreter before Triton is imported; profiles and markers of the test suite."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -85,6 +87,16 @@ def pytest_configure(config) -> None:
 def device() -> torch.device:
     """Where the kernels of this run are launched."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell ignores interrupts for what it runs in the background, and its processes inherit
+    that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(config, items) -> None:

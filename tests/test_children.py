@@ -15,7 +15,7 @@ from verify import cli
 from verify.children import cores
 from verify.commands import doctor
 
-pytestmark = pytest.mark.correctness
+pytestmark = [pytest.mark.correctness, pytest.mark.usefixtures("interruptible")]
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -36,16 +36,6 @@ if __name__ == "__main__":
         finally:
             print("in order", flush=True)
 """
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """A shell ignores interrupts for what it runs in the background, and its processes inherit
-    that.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def alive(pid: int) -> bool:

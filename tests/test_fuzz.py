@@ -358,19 +358,14 @@ def test_a_broken_kernel_is_found_shrunk_and_replayed(fault, tmp_path):
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
 
 
-def interruptible():
-    """A shell's background jobs ignore interrupts, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path):
     home = tmp_path / "campaign"
     words = ["--kernels", "glu_forward", "--device", "cpu", "--seed", "3"]
     command = [sys.executable, "-m", "verify", "fuzz", *words, "--directory", str(home)]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=interruptible,
-    )  # fmt: skip
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         launches = sum(

@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     device = prepare(arguments.device)
     from ..environment import environment
-    from ..records import SCHEMA, fingerprints, write_json
+    from ..records import SCHEMA, fingerprints
     from ..specs import KERNELS
     from ..tune import Trial, clock_for, compile_ahead, search, settle
 
@@ -109,9 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
                 console.print(f"stopped after {arguments.minutes} minutes at {target.name}")
                 break
             findings.append(search(Trial(lib, target, device), clock, arguments.rounds))
-            record["plans"] = [_entry(finding, plan_table) for finding in findings]
-            if arguments.json:
-                write_json(arguments.json, record)
+            _keep(arguments.json, record, findings, plan_table)
     complete = len(findings) == len(wanted)
     findings = settle(findings)
     plans = {finding.bucket: finding.plan for finding in findings}
@@ -127,9 +125,7 @@ def main(arguments: argparse.Namespace) -> int:
         "heuristic_over_tuned": mean,
         "complete": complete,
     }
-    record["plans"] = [_entry(finding, plan_table) for finding in findings]
-    if arguments.json:
-        write_json(arguments.json, record)
+    _keep(arguments.json, record, findings, plan_table)
     _print(findings, Console())
     for line in wrong:
         console.print(f"wrong: {line}", markup=False)
@@ -160,6 +156,20 @@ def _targets(arguments: argparse.Namespace, *, gpu: bool) -> "list[Target]":
         arguments.ranks,
         [DTYPES[name] for name in arguments.dtypes],
     )
+
+
+def _keep(
+    file: Path | None,
+    record: dict[str, Any],
+    findings: "Sequence[Finding]",
+    plan_table: ModuleType,
+) -> None:
+    """Put what was found into the record, and write it if a file is named."""
+    from ..records import write_json
+
+    record["plans"] = [_entry(finding, plan_table) for finding in findings]
+    if file:
+        write_json(file, record)
 
 
 def _entry(finding: "Finding", plan_table: ModuleType) -> dict[str, Any]:
