@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._arguments import check_dtype, check_type
 from .ops import combine, combine_grad, expert_bias_grad, expert_weight_grad, shrink
 from .ops._check import (
     check_bias,
-    check_dtype,
     check_gates,
     check_lora,
     check_rows,
     check_stack,
     check_target,
     check_tensor,
-    check_type,
     check_weight,
 )
 from .ops.lora import as_operand, lora_rows
@@ -109,11 +108,6 @@ class Call:
             plans=plans,
             blocks=None if isinstance(weight, Tensor) else weight,
         )
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """How often the storage of a weight in blocks was changed in place."""
-        return () if self.blocks is None else self.blocks.versions
 
 
 class Saved(NamedTuple):
@@ -214,7 +208,7 @@ def autocast_to(dtype: torch.dtype, name: str, operand: Tensor) -> Tensor:
     Raises:
         TypeError: it holds codes or other numbers that a cast would take at face value.
     """
-    check_dtype(name, operand)
+    check_dtype(name, operand.dtype)
     return operand.to(dtype)
 
 
@@ -253,8 +247,9 @@ def refuse_changed(versions: tuple[int, ...], *calls: Call) -> None:
 
 
 def versions_of(*calls: Call) -> tuple[int, ...]:
-    """Those of the storages of all calls."""
-    return tuple(version for call in calls for version in call.versions)
+    """How often the storages of the weights that come in blocks were changed in place."""
+    stored = [call.blocks for call in calls if call.blocks is not None]
+    return tuple(version for blocks in stored for version in blocks.versions)
 
 
 def compiled_linear(
@@ -292,7 +287,7 @@ class ExpertLinear(torch.autograd.Function):
         out, xa, y = linear_forward(x, weight, a, b, bias, gates, call)
         wants_gates = gates is not None and ctx.needs_input_grad[5]
         wants_x = any(ctx.needs_input_grad[index] for index in (1, 2, 3))
-        ctx.call, ctx.versions = call, call.versions if any(ctx.needs_input_grad) else ()
+        ctx.call, ctx.versions = call, versions_of(call) if any(ctx.needs_input_grad) else ()
         ctx.save_for_backward(
             x if wants_x else None, weight, a, b, bias, gates, xa, y if wants_gates else None
         )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ._row_tiles import ROW_TILES
 from .plan import (
+    GRADIENTS,
     PATHS,
     Device,
     Operation,
@@ -30,9 +31,7 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     base = choose(problem, device)
     plans = [base]
     plans.extend(with_path(base, path, problem, device) for path in PATHS[problem.operation])
-    mapped = base.tile.descriptor
-    limit = tallest_tile(problem.dtype, problem.rank, device, mapped=mapped)
-    tallest = min(2 * rows_per_expert(problem), limit)
+    tallest = min(2 * rows_per_expert(problem), _tallest(base.tile, problem, device))
     for block_m in ROW_TILES:
         if block_m <= tallest:
             tile = fit(replace(base.tile, block_m=block_m), problem, device)
@@ -66,8 +65,14 @@ def variations(tile: Tile, problem: Problem, device: Device) -> tuple[Tile, ...]
     return tuple(found)
 
 
+def _tallest(tile: Tile, problem: Problem, device: Device) -> int:
+    """Most rows of a tile: what `tallest_tile` allows a product, and no limit for a gradient."""
+    if problem.operation in GRADIENTS:
+        return max(ROW_TILES)
+    return tallest_tile(problem.dtype, problem.rank, device, mapped=tile.descriptor)
+
+
 def _keeps_registers(tile: Tile, operation: Operation) -> bool:
     """Whether a tile has at most 192 accumulators per thread, which leaves it 63 registers."""
-    gradient = operation in (Operation.LORA_WEIGHT_GRAD, Operation.EXPERT_WEIGHT_GRAD)
-    height = tile.block_k if gradient else tile.block_m
+    height = tile.block_k if operation in GRADIENTS else tile.block_m
     return height * tile.block_n <= 192 * 32 * tile.warps

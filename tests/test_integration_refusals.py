@@ -51,7 +51,14 @@ def misnamed(model):
     return config(target_modules=[], target_parameters=[f"{EXPERTS}.{NAMES[0]}", "nonsense"])
 
 
-@pytest.mark.parametrize(("made", "words"), [(unlisted, "'eager'"), (misnamed, "'nonsense'")])
+def averaged(model):
+    return config(use_qalora=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(unlisted, "'eager'"), (misnamed, "'nonsense'"), (averaged, "'default' has use_qalora")],
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_adapting_that_fails_leaves_the_model_as_it_was(made, words, packed):
     model = model_of(packed=packed)

@@ -313,6 +313,15 @@ def test_low_rank_products_through_pointers_stay_below_wgmma_on_sm_90(rows, dtyp
     assert (tallest > 32) == (rows > 64)
 
 
+@pytest.mark.parametrize(("rows", "steps"), [(8 * 128, {16}), (64 * 128, {16, 32, 64, 128})])
+def test_gradients_are_tried_in_steps_of_up_to_twice_the_rows_of_an_expert(rows, steps):
+    """The limit of products through pointers is none of theirs: their rows are reduced over."""
+    asked = problem(operation=WEIGHT_GRAD, rows=rows, w_map="")
+    first, *others = [plan.tile.block_m for plan in sm.candidates(asked, HOPPER)]
+    assert first == 32
+    assert set(others) == {*steps, 32}
+
+
 @pytest.mark.parametrize("path", [sm.Path.EPILOGUE, sm.Path.FUSED])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_stated_plan_that_would_be_compiled_wrongly_is_refused(path, dtype):

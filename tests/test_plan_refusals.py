@@ -67,7 +67,7 @@ PROBLEMS = {
     "operation": ({"operation": "shrink"}, TypeError, "operation of a problem must be of type Op"),
     "precision": ({"precision": "ieee"}, TypeError, "must be of type Precision, got str"),
     "dtype's name": ({"dtype": "float32"}, TypeError, "must be of type dtype, got str"),
-    "dtype": ({"dtype": torch.float64}, ValueError, "float32, float16 or bfloat16, got torch.flo"),
+    "dtype": ({"dtype": torch.float64}, TypeError, "float32, float16 or bfloat16, got torch.flo"),
     "rows": ({"rows": -1}, ValueError, "rows of a problem must be at least 0, got -1"),
     "experts": ({"experts": 0}, ValueError, "experts of a problem must be at least 1, got 0"),
     "k": ({"k": 0}, ValueError, "k of a problem must be at least 1, got 0"),

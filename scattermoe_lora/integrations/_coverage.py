@@ -135,6 +135,12 @@ def check_targets(model: nn.Module) -> None:
                     f"target_parameters of adapter {adapter!r} names {target!r}, which matched no "
                     "parameter (quantised parameters are matched by their full names only)"
                 )
+        if getattr(config, "use_qalora", False) and any(
+            adapter in wrapper.lora_A for wrapper in wrappers.values()
+        ):
+            raise ValueError(
+                f"adapter {adapter!r} has use_qalora, which PEFT ignores on expert parameters"
+            )
         for name, wrapper in wrappers.items():
             setting = left_out_by(config, name) if adapter in wrapper.lora_A else None
             if setting is not None:

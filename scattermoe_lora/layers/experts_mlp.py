@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import check_type
 from ..autograd import (
     CHOSEN,
     Call,
@@ -43,7 +44,6 @@ from ..ops._check import (
     check_rows,
     check_stack,
     check_tensor,
-    check_type,
 )
 from ..ops.weight_grad import lora_grads
 from ..routing import Routing, RowOrder

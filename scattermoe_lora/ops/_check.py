@@ -5,12 +5,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .._arguments import check_dtype, check_type
 from .._interpreter import require_supported
 from ..plan import Plan
 from ..routing import Routing, RowOrder
 from ..weights import BlockedWeight, LoRAWeights
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> None:
@@ -18,7 +17,7 @@ def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> N
     check_tensor(name, value)
     check_type("routing", routing, Routing)
     check_type(f"the row order of {name}", order, RowOrder)
-    check_dtype(name, value)
+    check_dtype(name, value.dtype)
     if value.ndim != 2:
         raise ValueError(f"{name} must be [rows, width], got shape {list(value.shape)}")
     if value.device != routing.device:
@@ -32,22 +31,10 @@ def check_rows(name: str, value: Tensor, routing: Routing, order: RowOrder) -> N
     require_supported(value.dtype, value.device)
 
 
-def check_dtype(name: str, value: Tensor) -> None:
-    """Floating point of a width that kernels take."""
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
-
-
 def check_number(name: str, value: Tensor) -> None:
     """Floating point, and not the codes of 8 bits and less that need a scale."""
     if not value.dtype.is_floating_point or value.itemsize < 2:
         raise TypeError(f"{name} must be floating point of 16 bits or more, got {value.dtype}")
-
-
-def check_type(name: str, value: object, wanted: type) -> None:
-    """An argument that is no operand: of the package's own type for it."""
-    if not isinstance(value, wanted):
-        raise TypeError(f"{name} must be of type {wanted.__name__}, got {type(value).__name__}")
 
 
 def check_plan(plan: object) -> None:

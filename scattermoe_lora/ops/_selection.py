@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._arguments import check_dtype
 from .._interpreter import INTERPRETED
-from ._check import DTYPES
 
 MAX_SELECTED = 65535
 """Experts per launch: the second axis of a CUDA grid."""
@@ -52,16 +52,6 @@ def select(expert_ids: Tensor | range | None, experts: int, device: torch.device
     return _counted(Selection(ids=expert_ids.contiguous(), first=0, count=expert_ids.numel()))
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """What experts are decoded to.
-
-    Raises:
-        TypeError: dtype is not float32, float16 or bfloat16.
-    """
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-
-
 def output(
     out: Tensor | None,
     shape: tuple[int, int, int],
@@ -74,7 +64,7 @@ def output(
         TypeError: dtype is not float32, float16 or bfloat16, or not that of `out`.
         ValueError: `out` has another shape or device, is not contiguous, or requires a gradient.
     """
-    check_dtype(dtype)
+    check_dtype("dtype", dtype)
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if out.dtype != dtype:

@@ -23,11 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._arguments import check_type
 from .._interpreter import require_supported
 from .._launch import Launch
 from .._sizes import ceil_div, next_power_of_two
 from ..routing import Routing, RowOrder
-from ._check import check_gates, check_rows, check_same, check_tensor, check_type
+from ._check import check_gates, check_rows, check_same, check_tensor
 from ._tile import coefficients, matrix
 
 

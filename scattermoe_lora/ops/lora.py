@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .._arguments import check_type
 from .._launch import Launch
 from .._row_tiles import row_tile_range
 from .._sizes import ceil_div, next_power_of_two
@@ -25,7 +26,6 @@ from ._check import (
     check_row_scale,
     check_rows,
     check_target,
-    check_type,
     check_weight,
 )
 from ._tile import coefficients, matrix, stack

@@ -94,7 +94,8 @@ def combine(
     Args:
         y: [rows, N] in slot order.
         gates: [tokens, top_k], any floating dtype.
-        out: [tokens, N], dtype of y, any strides: written and returned.
+        out: [tokens, N], dtype of y, any strides: written and returned. Not within the memory that
+            y spans, of which a program may read what another has written.
 
     Returns:
         [tokens, N] in the dtype of y, rounded once.
@@ -113,6 +114,7 @@ def combine(
             raise ValueError(
                 f"out must have a place for each element, got strides {list(out.stride())}"
             )
+        _check_apart(out, y)
     if out.numel():
         width = y.shape[1]
         gates, gates_form, pointers = coefficients(gates)
@@ -189,6 +191,24 @@ def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
         out = tl.load(dout.ptr + token * dout.row + n * dout.col, mask=n < N, other=0.0)
         acc += value.to(tl.float32) * out.to(tl.float32)
     tl.store(grad + slot, tl.sum(acc))
+
+
+def _check_apart(out: Tensor, y: Tensor) -> None:
+    (first, past), (start, end) = _span(out), _span(y)
+    if first < end and start < past:
+        raise ValueError(
+            f"out must not overlap y: it spans {past - first} bytes from address {first}, and y "
+            f"{end - start} bytes from {start}"
+        )
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    """The address of the first byte, and the one after the last; the same where it is empty."""
+    start = value.data_ptr()
+    if not value.numel():
+        return start, start
+    steps = zip(value.shape, value.stride(), strict=True)
+    return start, start + (1 + sum((size - 1) * stride for size, stride in steps)) * value.itemsize
 
 
 def _columns(width: int) -> int:

@@ -12,9 +12,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .._arguments import check_dtype
 from .._sizes import ceil_div
 from ..ops._check import check_tensor
-from ..ops._selection import check_dtype, output, select
+from ..ops._selection import output, select
 from ..ops.dequantize import DequantizePlan, NestedScales, dequantize_four_bit
 from ..ops.dequantize_scaled import dequantize_scaled
 
@@ -359,7 +360,7 @@ class Dense(_Stacked):
         or None of the same dtype is a view of it."""
         selection = select(expert_ids, self.experts, self.device)
         shape = (selection.count, *self.shape)
-        check_dtype(dtype)
+        check_dtype("dtype", dtype)
         buffer = None if out is None else output(out, shape, dtype, self.device)
         if selection.ids is None:
             chosen = self.data.narrow(0, selection.first, selection.count)
