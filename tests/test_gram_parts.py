@@ -24,6 +24,11 @@ def routing_of(counts: list[int], device: torch.device) -> sm.Routing:
     return sm.Routing.from_top_k(ids.unsqueeze(1).to(device), len(counts))
 
 
+def counted(experts: int, rows: int) -> sm.Routing:
+    """A routing of which only the counts are read."""
+    return sm.Routing(*(torch.empty(0),) * 4, tokens=rows, top_k=1, experts=experts)
+
+
 def gradients(routing: sm.Routing, height: int) -> tuple[torch.Tensor, ...]:
     """dA, dB and dW of operands of small whole numbers, with parts of `height` rows."""
     generator = torch.Generator().manual_seed(0)
@@ -103,8 +108,7 @@ def test_parts_of_other_experts_change_no_bit_of_an_expert(device):
     height=st.integers(1, 50),
 )
 def test_a_launch_covers_every_part_and_every_cut_expert(counts, height):
-    rows = sum(counts)
-    routing = sm.Routing(*(torch.empty(0),) * 4, tokens=rows, top_k=1, experts=len(counts))
+    routing = counted(len(counts), sum(counts))
     cut = [count for count in counts if count > height]
     found = parts_of(routing, height)
     assert sum(-(-count // height) for count in cut) <= found.parts
@@ -112,20 +116,26 @@ def test_a_launch_covers_every_part_and_every_cut_expert(counts, height):
 
 
 @pytest.mark.parametrize(
-    ("experts", "rows", "part_rows"),
+    ("experts", "rows", "rank", "part_rows"),
     [
-        (8, 4096, 0),
-        (8, 2**20, 0),
-        (128, 1024, 0),
-        (128, 1151, 0),
-        (128, 1152, 1024),
-        (128, 16384, 1024),
-        (128, 65536, 4096),
-        (60, 1020, 1024),
-        (60, 1019, 0),
+        (1, 2**20, 16, 0),
+        (2, 4096, 16, 0),
+        (3, 4096, 16, 4096),
+        (8, 2**20, 16, 2**18),
+        (128, 512, 16, 0),
+        (128, 639, 16, 0),
+        (128, 640, 16, 512),
+        (128, 16384, 16, 512),
+        (128, 32768, 16, 1024),
+        (128, 65536, 16, 1024),
+        (128, 131072, 16, 2048),
+        (128, 65536, 32, 1024),
+        (128, 65536, 33, 2048),
+        (128, 65536, 128, 4096),
+        (60, 1020, 16, 512),
     ],
 )
-def test_an_expert_is_cut_at_eight_even_shares(experts, rows, part_rows):
+def test_an_expert_is_cut_at_twice_an_even_share(experts, rows, rank, part_rows):
     """By the bucket of the plan: a new number of tokens of the same bucket compiles nothing."""
     asked = sm.Problem(
         operation=sm.Operation.LORA_WEIGHT_GRAD,
@@ -133,11 +143,12 @@ def test_an_expert_is_cut_at_eight_even_shares(experts, rows, part_rows):
         experts=experts,
         k=64,
         n=64,
-        rank=16,
+        rank=rank,
         dtype=torch.bfloat16,
         precision=sm.Precision.IEEE,
     )
     assert sm.choose(asked, sm.Device.of(torch.device("cpu"))).part_rows == part_rows
+    assert parts_of(counted(experts, rows), part_rows or rows).parts * rank <= 32 * experts
     whole = asked._replace(operation=sm.Operation.EXPERT_WEIGHT_GRAD)
     assert sm.choose(whole, sm.Device.of(torch.device("cpu"))).part_rows == 0
 
