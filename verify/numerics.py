@@ -240,9 +240,14 @@ def freedom(variance: Tensor, right: Tensor) -> Tensor:
     then all
     errors push the whole vector one way, and its norm varies as much as a single number.
     """
-    gram_square = (right @ right.mT).square()
-    energy = variance @ gram_square.diagonal().sqrt()
-    return energy.square() / ((variance @ gram_square) * variance).sum(-1).clamp_min(1e-300)
+    lines = right.shape[0]
+    energy = variance @ right.square().sum(-1)
+    common = torch.zeros_like(energy)
+    step = max(1, BLOCK // max(lines, 1))
+    for some in (slice(start, start + step) for start in range(0, lines, step)):
+        gram_square = (right[some] @ right.mT).square()
+        common += ((variance[:, some] @ gram_square) * variance).sum(-1)
+    return energy.square() / common.clamp_min(1e-300)
 
 
 def summed(x: Uncertain, dim: int) -> Uncertain:

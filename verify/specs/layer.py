@@ -20,7 +20,7 @@ from ..numerics import Uncertain, column_sums, summed
 from ..references import Groups, experts_mlp
 from ..spec import KernelSpec
 from .common import bytes_of, expert_expected, groups_of, only_default, routing, submodule
-from .glu import activation_of, glu, glu_gradient, of_package
+from .glu import activation_of, glu, glu_gradient, of_package, stored
 from .projection import over_choices, per_slot
 
 _PROJECTIONS = ("up", "down")
@@ -136,7 +136,7 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
 
     up = Linear.forward(up_inputs, groups, how)
     h = up.output()
-    act = glu(h, activation).rounded(dtype)
+    act = stored(glu(h, activation), h, activation, dtype)
     down = replace(Linear.forward(down_inputs, groups, how), x=act)
     y = down.output()
     dout = Uncertain.exact(inputs["dout"][groups.places("TOKEN")])
