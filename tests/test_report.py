@@ -75,11 +75,13 @@ def test_the_page_says_what_the_records_say(html):
 def test_a_function_whose_mutants_are_all_equivalent_has_no_score(records):
     values = sample_records.mutants()
     values["scores"]["equal"] = {"killed": 0, "total": 0, "equivalent": 2, "invalid": 1}
+    values["scores"]["whole"] = {"killed": 4, "total": 4, "equivalent": 0, "invalid": 0}
     (records / "mutants.json").write_text(json.dumps(values))
     page = page_of(collect([records]), fingerprint=TODAY, now=NOW)
     (section,) = [section for section in page.sections if section.id == "mutants"]
     drawn = "".join(section.plots)
     assert ">equal<" not in drawn
+    assert ">whole<" not in drawn
     assert all(f">{kernel}<" in drawn for kernel in sample_records.KERNELS)
     assert ("equal", "2", "1", "0", "0") in [tuple(row[-5:]) for row in section.rows]
 
@@ -169,6 +171,35 @@ def test_records_of_other_names_stand_beside_each_other(records):
     (plot,) = sections["history"].plots
     floors = re.findall(r"<title>layer [^:]+:\d+:\d+\+00:00: ([\d.]+)</title>", plot)
     assert floors == ["1.920", "1.600", "2.400"]
+
+
+@pytest.mark.correctness
+def test_each_plot_says_of_which_machine_it_is(records):
+    other = "Another <GPU>"
+    for name in ("check", "mutants", "bench"):
+        values = json.loads((records / f"{name}.json").read_text())
+        values["environment"] = values["environment"] | {"device": other}
+        (records / f"{name}-other.json").write_text(json.dumps(values))
+    page = page_of(collect([records]), fingerprint=TODAY, now=NOW)
+    captions = re.findall("<figcaption>(.*?)</figcaption>", render(page, "report.html"))
+    machines = {sample_records.MACHINE["device"], "Another &lt;GPU&gt;"}
+    for what in ("worst error", "mutants killed", "roofline", "times faster"):
+        mine = [caption for caption in captions if caption.startswith(what)]
+        assert {caption.rpartition(", ")[2] for caption in mine} == machines, what
+
+
+@pytest.mark.correctness
+@pytest.mark.parametrize(
+    ("passed", "failed", "state"), [(2, 0, "good"), (1, 0, "none"), (1, 1, "bad")]
+)
+def test_a_gpu_is_qualified_where_every_stage_passed(tmp_path, passed, failed, state):
+    stages = [{"name": "doctor"}, {"name": "check"}]
+    summary = {"passed": passed, "failed": failed}
+    values = sample_records.head("qualify", summary=summary, stages=stages)
+    (tmp_path / "qualify.json").write_text(json.dumps(values))
+    (tile,) = page_of(collect([tmp_path]), fingerprint=TODAY, now=NOW).tiles
+    assert (tile.value, tile.state) == (f"{passed} of 2 stages", state)
+    assert tile.title == f"qualified on {sample_records.MACHINE['device']}"
 
 
 @pytest.mark.correctness

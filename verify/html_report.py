@@ -197,7 +197,7 @@ def _mutants(found: Found) -> Section:
         shares = {
             kernel: 100 * score["killed"] / score["total"]
             for kernel, score in scores.items()
-            if score["total"]
+            if score["killed"] < score["total"]
         }
         plots.append(bars(shares, title=f"mutants killed, {source.machine}", unit="%"))
         for kernel, score in scores.items():
@@ -210,8 +210,9 @@ def _mutants(found: Found) -> Section:
     return Section(
         id="mutants",
         title="Mutation score",
-        intro="Kernels broken on purpose: how many of them the checks notice.",
-        plots=tuple(plots),
+        intro="Kernels broken on purpose: how many of them the checks notice. Only those of which "
+        "one survived are drawn.",
+        plots=tuple(plot for plot in plots if plot),
         columns=("machine", "kernel", "equivalent", "invalid", "killed", "total"),
         rows=tuple(rows),
         folds=tuple(folds),

@@ -1,4 +1,6 @@
-"""Plots as inline SVG: no script, no request, readable at any width, described in words."""
+"""Plots as inline SVG below their titles, for a `figure`: no script, no request, readable at any
+width, described in words.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -195,6 +197,7 @@ def _legend(points: Sequence[Point]) -> str:
 def _svg(parts: Sequence[str], height: int, title: str, note: str) -> str:
     words = escape(f"{title}: {note}", quote=True)
     return (
+        f"<figcaption>{escape(title)}</figcaption>"
         f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{words}">'
         + "".join(parts)
         + "</svg>"

@@ -15,6 +15,7 @@ def tiles_of(found: Found, fingerprint: Mapping[str, str]) -> Iterable[Tile]:
         "fuzz": ("fuzzed", _fuzz_tile),
         "sanitize": ("sanitizer", _sanitize_tile),
         "gate": ("speed gate", _gate_tile),
+        "qualify": ("qualified", _qualify_tile),
     }
     for command, (what, maker) in makers.items():
         for source in found.newest(command):
@@ -68,6 +69,13 @@ def _gate_tile(source: Source) -> tuple[str, str, str]:
     sure = whole and not unsure and not invalid
     state = "bad" if regressed else "good" if sure else "none"
     return counted(regressed, "regression"), ", ".join(words), state
+
+
+def _qualify_tile(source: Source) -> tuple[str, str, str]:
+    summary, stages = source.values["summary"], len(source.values["stages"])
+    failed = summary["failed"]
+    state = "bad" if failed else "good" if summary["passed"] == stages else "none"
+    return f"{summary['passed']} of {stages} stages", f"{failed} failed", state
 
 
 def counted(count: int, what: str) -> str:
