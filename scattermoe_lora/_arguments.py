@@ -1,4 +1,4 @@
-"""What arguments must be, whatever they are passed to: the lowest of the checks."""
+"""Checks of single arguments, which every other module may import."""
 
 import torch
 
@@ -7,7 +7,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_type(name: str, value: object, wanted: type) -> None:
-    """An argument of one type, of the package's own for one.
+    """An argument of the type `wanted`.
 
     Raises:
         TypeError: it is of another.

@@ -407,11 +407,13 @@ def gram_tile(problem: Problem, device: Device) -> Tile:
 
 
 def part_rows(problem: Problem) -> int:
-    """Rows of one expert that one program of a LoRA gradient sums; 0 where no expert has more.
+    """Rows of one expert that one program of a LoRA gradient sums; 0 for all of them, where the
+    rows of the bucket are no more.
 
-    Twice an even share, which balanced routings do not exceed, but 512 rows at least, and 1024
-    where the share is 256. Beyond rank 32 more, in proportion: the sums of parts, in fp32, are at
-    most as large as gradients of rank 32. A full gradient has programs enough without.
+    Twice an even share, rounded up to a power of two, which balanced routings do not exceed, but
+    512 rows at least, and 1024 where the share is 256. Beyond rank 32 more, in proportion: the sums
+    of parts, in fp32, are about as large as gradients of rank 32, at most. A full gradient has
+    programs enough without.
     """
     share = max(1, next_power_of_two(problem.rank) // 32) * rows_per_expert(problem)
     rows = max(2 * share, min(4 * share, 1024), 512)

@@ -1,51 +1,91 @@
-"""What the judge allows where roundings repeat, and what it holds while it finds out."""
+"""What the judge allows where errors have a common cause, and what it holds while it finds out."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.cases import Case
 from verify.compare import compare
+from verify.inputs import Inputs
 from verify.models import Arithmetic
 from verify.numerics import BLOCK, freedom
+from verify.references import Groups
 from verify.routings import RoutingKind
 from verify.specs.glu import activation_of
 from verify.specs.layer import EXPERTS_MLP
 
 pytestmark = pytest.mark.correctness
 
+DTYPE = torch.float16
+CLIPPED = Case(
+    name="clipped", tokens=4000, experts=1, top_k=1, k_in=16, n_out=24, rank=2,
+    routing=RoutingKind("uniform"), source="TOKEN", target="SLOT", gradient="TOKEN", gated=True,
+    values="offset",
+)  # fmt: skip
+"""One expert with so many rows that all but common errors average away, under a clip at 2.5."""
+PARALLEL = replace(
+    CLIPPED, name="drawn", tokens=5737, experts=4, top_k=4, k_in=127, n_out=80, rank=1,
+    routing=RoutingKind("boundary", (128, 0)), values="normal",
+)  # fmt: skip
+"""Rank 1: what the one element of its intermediate errs by moves a whole row along one line."""
 
-def clipped(seed: int) -> Case:
-    """One expert with so many rows that all but common errors average away, under a clip at 2.5."""
-    return Case(
-        name="clipped", tokens=4000, experts=1, top_k=1, k_in=16, n_out=24, rank=2, seed=seed,
-        routing=RoutingKind("uniform"), source="TOKEN", target="SLOT", gradient="TOKEN",
-        gated=True, values="offset", tags=frozenset(),
-    )  # fmt: skip
+
+def drawn(case: Case, seed: int) -> Inputs:
+    return EXPERTS_MLP.inputs(case, DTYPE, "balanced", torch.device("cpu"), seed=seed)
 
 
-@pytest.mark.parametrize("seed", [3, 8, 18])
-def test_what_is_clipped_to_one_number_may_be_rounded_alike_in_every_row(seed):
-    """Seen on an H200: a right result refused, since the clipped activation always errs alike."""
-    case, dtype = clipped(seed), torch.float16
+def right(inputs: Inputs) -> dict[str, Tensor]:
+    """Result and gradient of the gates as a right kernel has them: rounded where one rounds."""
+    case, exact = inputs.case, {name: value.double() for name, value in inputs.tensors.items()}
     activation = activation_of(case)
-    assert activation.limit == 2.5
-    inputs = EXPERTS_MLP.inputs(case, dtype, "balanced", torch.device("cpu"), seed=0)
-    exact = {name: value.double() for name, value in inputs.tensors.items()}
+    groups = Groups.of(inputs["top_k_index"], case.experts)
+    y = torch.zeros(case.rows, case.k_in, dtype=torch.float64)
+    products = torch.zeros(case.rows, dtype=torch.float64)
 
-    def projected(x: torch.Tensor, name: str) -> torch.Tensor:
-        low = (inputs.scaling * x @ exact[f"lora_a_{name}"][0].mT).to(dtype).double()
-        sums = x @ exact[f"weight_{name}"][0] + low @ exact[f"lora_b_{name}"][0].mT
-        return sums.to(dtype).double()
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(DTYPE).double()
 
-    h = projected(exact["x"], "up")
-    act = activation(*activation.halves(h)).to(dtype).double()
-    out = exact["gates"] * projected(act, "down")
-    expected = EXPERTS_MLP.reference(inputs, Arithmetic())["out"]
-    assert compare("out", out.to(dtype), expected).ok
-    found = compare("out", (1.002 * out).to(dtype), expected)
-    assert not found.ok
-    assert found.measure == "slope"
+    for expert, rows in enumerate(groups.slices):
+        slots = groups.slots[rows]
+        (w1, a1, b1), (w2, a2, b2) = (
+            [exact[f"{part}_{name}"][expert] for part in ("weight", "lora_a", "lora_b")]
+            for name in ("up", "down")
+        )
+        x, dout = (exact[name][slots // case.top_k] for name in ("x", "dout"))
+        h = rounded(x @ w1 + rounded(inputs.scaling * x @ a1.mT) @ b1.mT)
+        act = activation(*activation.halves(h))
+        stored = rounded(act)
+        y[slots] = rounded(stored @ w2 + rounded(inputs.scaling * stored @ a2.mT) @ b2.mT)
+        dact = rounded(dout @ w2.mT + rounded(inputs.scaling * dout @ b2) @ a2)
+        products[slots] = (act * dact).sum(1)
+    choices = y.view(case.tokens, case.top_k, case.k_in)
+    out = (exact["gates"][..., None] * choices).sum(1)
+    return {"out": out.to(DTYPE), "dgates": products.view(case.tokens, case.top_k).float()}
+
+
+@pytest.mark.parametrize(
+    ("case", "seed"),
+    [
+        (replace(CLIPPED, seed=3), 0),
+        (replace(CLIPPED, seed=8), 0),
+        (replace(CLIPPED, seed=18), 0),
+        (PARALLEL, 2768),
+    ],
+    ids=["clipped-3", "clipped-8", "clipped-18", "parallel"],
+)
+def test_right_results_pass_and_a_fault_of_0_2_percent_does_not(case, seed):
+    assert (activation_of(case).limit == 2.5) == (case.name == "clipped")
+    inputs = drawn(case, seed)
+    expected = EXPERTS_MLP.reference(inputs, Arithmetic())
+    for name, value in right(inputs).items():
+        found = compare(name, value, expected[name])
+        assert found.ok, str(found)
+        wrong = compare(name, (1.002 * value.double()).to(value.dtype), expected[name])
+        assert not wrong.ok
+        assert wrong.measure == "slope"
 
 
 class Largest(TorchDispatchMode):
@@ -55,13 +95,12 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor):
+        if isinstance(made, Tensor):
             self.elements = max(self.elements, made.numel())
         return made
 
 
 def test_degrees_of_freedom_take_no_square_of_the_rows():
-    """Seen on an H200: 38 GiB for 71,406 rows of one expert."""
     rows, width = 5000, 3
     generator = torch.Generator().manual_seed(0)
     variance = torch.rand(2, rows, generator=generator, dtype=torch.float64)
@@ -75,7 +114,5 @@ def test_degrees_of_freedom_take_no_square_of_the_rows():
     torch.testing.assert_close(found, energy.square() / spread.square().sum((1, 2)))
     parallel = torch.ones(rows, width, dtype=torch.float64)
     torch.testing.assert_close(freedom(variance, parallel), torch.ones(2, dtype=torch.float64))
-    whole = torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(
-        freedom(torch.ones(1, 4).double(), whole), torch.tensor([4.0]).double()
-    )
+    whole, alike = torch.eye(4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    torch.testing.assert_close(freedom(alike, whole), torch.tensor([4.0], dtype=torch.float64))

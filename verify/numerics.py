@@ -237,8 +237,7 @@ def freedom(variance: Tensor, right: Tensor) -> Tensor:
     """Degrees of freedom of ||sum_k d[i, k] right[k]||^2 for independent d of these variances: [m].
 
     variance [m, k], right [k, n]. It is k for orthogonal lines of `right` and 1 for parallel ones:
-    then all
-    errors push the whole vector one way, and its norm varies as much as a single number.
+    then all errors push the whole vector one way, and its norm varies as much as a single number.
     """
     lines = right.shape[0]
     energy = variance @ right.square().sum(-1)

@@ -94,8 +94,8 @@ def combine(
     Args:
         y: [rows, N] in slot order.
         gates: [tokens, top_k], any floating dtype.
-        out: [tokens, N], dtype of y, any strides: written and returned. Not within the memory that
-            y spans, of which a program may read what another has written.
+        out: [tokens, N], dtype of y, any strides: written and returned. It must not lie within the
+            memory that y spans, or share any with gates: programs read those while others write.
 
     Returns:
         [tokens, N] in the dtype of y, rounded once.

@@ -1,5 +1,6 @@
 """The gated activation and its gradient."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -112,24 +113,23 @@ def glu(h: Uncertain, activation: GatedActivation) -> Uncertain:
     return by_rows(of_rows, h.value.shape[-1] // 2, h)
 
 
-def stored(
-    act: Uncertain, h: Uncertain, activation: GatedActivation, dtype: torch.dtype
-) -> Uncertain:
-    """act of h, stored in `dtype`.
+def stored(h: Uncertain, activation: GatedActivation, dtype: torch.dtype) -> Uncertain:
+    """act [., I] of h [., 2 I], stored in `dtype`, as products take it.
 
-    Where gate and up are both beyond the limit act is one and the same number, or its negative, in
-    every row. Its rounding is known then, and what it moves in a product is not averaged away: it
-    counts as drift, with twice its square, since drift is summed as the mean of normal errors is,
-    which is sqrt(2 / pi) of their size.
+    Where gate and up are beyond the limit act is one of two numbers, in whatever row. Its rounding
+    r, which is known, is not averaged away by a sum over rows: it counts as drift too. Drift is
+    summed as the mean size of errors, which for normal ones is sqrt(2 / pi) of the root of their
+    mean square, hence the factor.
     """
-    found = act.rounded(dtype)
-    gate, up = activation.halves(h.value)
-    beyond = (gate >= activation.limit) & (up.abs() >= activation.limit)
-    if not bool(beyond.any()):
+    found = glu(h, activation).rounded(dtype)
+    if math.isinf(activation.limit):
         return found
+    gate, up = _halves(h, activation)
+    beyond = (gate.value >= activation.limit) & (up.value.abs() >= activation.limit)
+    beyond &= ~_near_limit(activation, gate, up)
     rounding = found.value.to(dtype).double() - found.value
-    known = torch.where(beyond, 2 * rounding.square(), 0.0)
-    return replace(found, local=found.local.masked_fill(beyond, 0.0), drift=found.drift + known)
+    known = torch.where(beyond, math.pi / 2 * rounding.square(), 0.0)
+    return replace(found, drift=found.drift + known)
 
 
 def _halves(h: Uncertain, activation: GatedActivation) -> tuple[Uncertain, Uncertain]:
@@ -221,9 +221,8 @@ def _lean(found: Uncertain) -> Uncertain:
 
 def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     del how
-    h, activation = Uncertain.exact(inputs["h"]), activation_of(inputs.case)
-    model = stored(_lean(glu(h, activation)), h, activation, inputs.dtype)
-    return {"act": _rows_expected(inputs, model, inputs.dtype)}
+    model = _lean(glu(Uncertain.exact(inputs["h"]), activation_of(inputs.case)))
+    return {"act": _rows_expected(inputs, model.rounded(inputs.dtype), inputs.dtype)}
 
 
 def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
@@ -241,7 +240,7 @@ def _reference_backward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expecte
     owner = torch.zeros(case.tokens, dtype=torch.int64, device=inputs.device)
     return {
         "dh": _rows_expected(inputs, dh, dtype),
-        "act": _rows_expected(inputs, stored(act, h, activation, dtype), dtype),
+        "act": _rows_expected(inputs, act.rounded(dtype), dtype),
         "dgates": Expected(
             value=placed.value,
             model=placed,

@@ -16,11 +16,11 @@ from ..cases import CASES, Case
 from ..expected import Expected
 from ..inputs import Inputs, captured, make_inputs
 from ..models import Arithmetic, Linear, gradients_of
-from ..numerics import Uncertain, column_sums, summed
-from ..references import Groups, experts_mlp
+from ..numerics import Uncertain, column_sums, routed_product, summed
+from ..references import GatedActivation, Groups, experts_mlp
 from ..spec import KernelSpec
 from .common import bytes_of, expert_expected, groups_of, only_default, routing, submodule
-from .glu import activation_of, glu, glu_gradient, of_package, stored
+from .glu import activation_of, glu_gradient, of_package, stored
 from .projection import over_choices, per_slot
 
 _PROJECTIONS = ("up", "down")
@@ -136,7 +136,7 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
 
     up = Linear.forward(up_inputs, groups, how)
     h = up.output()
-    act = stored(glu(h, activation), h, activation, dtype)
+    act = stored(h, activation, dtype)
     down = replace(Linear.forward(down_inputs, groups, how), x=act)
     y = down.output()
     dout = Uncertain.exact(inputs["dout"][groups.places("TOKEN")])
@@ -146,7 +146,7 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
     back_up = replace(Linear.input_grad(up_inputs, groups, how), x=dh)
 
     weighted = y.scaled(gates[:, None])
-    products = summed(act.times(dact), 1)
+    products = _gate_products(up, back_down, h, dact, activation)
     if down.bias is not None:
         labels = torch.repeat_interleave(groups.counts)
         products = products + summed(dout.times(Uncertain.exact(down.bias[labels])), 1)
@@ -179,6 +179,28 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
             expected[f"d{part}_{name}"] = replace(expected[f"d{part}_{name}"], coupled="expert")
     lines = _directions(inputs, groups, truth)
     return {name: replace(item, directions=lines[name]) for name, item in expected.items()}
+
+
+def _gate_products(
+    up: Linear, back_down: Linear, h: Uncertain, dact: Uncertain, activation: GatedActivation
+) -> Uncertain:
+    """<act, dact> of each row: [kept].
+
+    What the rounding of one element of a rank-R intermediate does to h or dact is a whole line,
+    and its effect on the sum may be larger than the root of the sum of its squares: it is summed
+    first.
+    """
+    nothing = dact.value.new_zeros(())
+    act = stored(replace(h, shared=nothing), activation, up.dtype)
+    found = summed(act.times(replace(dact, shared=nothing)), 1)
+    ones = dact.value.new_ones(dact.value.shape[0])
+    slope = glu_gradient(h, dact, ones, activation).value
+    for line, linear in ((slope, up), (act.value, back_down)):
+        if linear.up is not None:
+            effect = routed_product(Uncertain.exact(line), linear.up.mT, up.groups.slices).value
+            variance = (linear.low_rank().local * effect.square()).sum(1)
+            found = replace(found, shared=found.shared + variance)
+    return found
 
 
 def _directions(
