@@ -89,6 +89,17 @@ def test_loading_that_fails_leaves_the_model_as_it_was(rank, beside, tmp_path):
     assert same(tensors(model), values)
 
 
+@pytest.mark.parametrize("setting", [{"use_qalora": True}, {"layers_to_transform": [1]}])
+def test_what_peft_ignored_when_it_wrote_an_adapter_does_not_hinder_loading(setting, tmp_path):
+    model = adapters.adapt(model_of(), config())
+    randomise(model, seed=3)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **setting}))
+    loaded = adapters.load_adapter(model_of(), tmp_path)
+    assert same(tensors(loaded), tensors(model))
+
+
 def test_a_factor_without_the_other_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 

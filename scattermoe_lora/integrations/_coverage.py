@@ -139,7 +139,8 @@ def check_targets(model: nn.Module) -> None:
             adapter in wrapper.lora_A for wrapper in wrappers.values()
         ):
             raise ValueError(
-                f"adapter {adapter!r} has use_qalora, which PEFT ignores on expert parameters"
+                f"adapter {adapter!r} has use_qalora, which PEFT ignores on expert parameters; "
+                "give them an adapter of their own without it"
             )
         for name, wrapper in wrappers.items():
             setting = left_out_by(config, name) if adapter in wrapper.lora_A else None

@@ -183,8 +183,8 @@ def attach(model: nn.Module) -> Coverage:
 
     Raises:
         ValueError: no adapter is on an expert parameter; an entry of target_parameters matched
-            nothing; the experts implementation is another; or PEFT has merged an adapter, so that W
-            is not known.
+            nothing, or a setting is one that PEFT ignores there; the experts implementation is
+            another; or PEFT has merged an adapter, so that W is not known.
         UnsupportedExpertsError: an adapter is on experts that this layer does not compute.
     """
     chains = wrapper_chains(model)
@@ -267,6 +267,7 @@ def load_adapter(
     if not config.target_modules:
         # They had no effect on what PEFT wrote.
         config.layers_to_transform = config.exclude_modules = None
+        config.use_qalora = False
     with _new_adapter(model, config, adapter_name) as adapted:
         attach(adapted)
         load_factors(adapted, directory, adapter_name, version)
