@@ -22,7 +22,7 @@ from verify import cli
 from verify.commands.common import check_names
 from verify.findings import read
 from verify.fuzz import Settings
-from verify.records import fingerprint, summary_of
+from verify.records import fingerprint, judges, summary_of
 from verify.run import Outcome, Problem
 from verify.specs import KERNELS
 
@@ -49,6 +49,7 @@ def test_check_is_the_default_and_writes_a_record(tmp_path, capsys):
     assert {"schema", "environment", "seed", "started", "seconds", "fingerprint"} <= set(record)
     assert record["environment"]["torch"] == torch.__version__
     assert set(record["fingerprint"]) == {spec.name for spec in KERNELS}
+    assert record["judge"] == judges(KERNELS)
     assert record["summary"]["complete"]
     assert record["summary"]["passed"] == len(record["outcomes"]) > 0
     keys = {"kernel", "path", "plan", "case", "dtype", "status", "ratio", "measure", "where"}

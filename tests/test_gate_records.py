@@ -37,7 +37,7 @@ def test_only_a_record_of_a_whole_success_is_a_good_one(tmp_path, command, facts
     record = head(command, summary=summary) | whole
     record |= {key: value for key, value in facts.items() if key in whole}
     (machine / f"{command}.json").write_text(json.dumps(record))
-    sources = Sources(fingerprint={}, enumerate=lambda selection: frozenset())
+    sources = Sources(fingerprint={}, judge={}, enumerate=lambda selection: frozenset())
     verdicts = inspect(tmp_path, sources, release=True)
     (found,) = [item for item in verdicts if item.record.endswith(f"/{command}.json")]
     assert (found.state, found.fault) == (state, state != "good")

@@ -40,7 +40,8 @@ def made(sources, selection):
         for item in problems
     ]
     more = {"summary": {}, "selection": selection_of(selection), "outcomes": outcomes}
-    return counted(head("check", **more) | {"fingerprint": dict(sources.fingerprint)})
+    hashes = {"fingerprint": dict(sources.fingerprint), "judge": dict(sources.judge)}
+    return counted(head("check", **more) | hashes)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +237,32 @@ def test_stale(judged, small, change):
     [verdict] = judged({"check.json": small})
     assert (verdict.state, verdict.fault) == ("stale", True)
     assert "1 of 1 kernels changed since: combine" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("0123456789abcdef", "judge", "combine"), "the judge has changed since, of combine"),
+        (without("judge"), "it does not say which judge it had"),
+        (put("0123456789abcdef", "judge", "group"), ""),
+    ],
+    ids=["changed", "unknown", "of another kernel"],
+)
+def test_an_older_judge_is_named_and_counts_for_a_release(
+    judged, small, change, words, tmp_path, sources
+):
+    change(small)
+    [verdict] = judged({"check.json": small})
+    assert (verdict.state, verdict.fault) == ("good", False)
+    assert verdict.reason.endswith(words or "kernels, cases")
+    (verdict,), _ = split(inspect(tmp_path, sources, release=True, now=NOW))
+    assert verdict.state == ("stale" if words else "incomplete")
+
+
+def test_what_judges_a_kernel_is_its_entry_and_the_comparing(sources):
+    assert set(sources.judge) == set(sources.fingerprint)
+    assert sources.judge["combine"] == sources.judge["group"]
+    assert len(set(sources.judge.values())) > 3
 
 
 @pytest.mark.parametrize(

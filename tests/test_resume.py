@@ -63,6 +63,16 @@ def test_a_kernel_that_changed_is_checked_anew(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("then", "now"), [("a", "b"), ("a", None), (None, "a")], ids=["changed", "unknown", "unsaid"]
+)
+def test_what_another_judge_passed_is_checked_anew(tmp_path, then, now):
+    record, today = record_of(outcome("a"), outcome("a", kernel="group")), record_of()
+    for values, judge in ((record, then), (today, now)):
+        values["judge"] = {"group": "g"} | ({} if judge is None else {"combine": judge})
+    assert cases_kept(tmp_path, record, today, "a") == [("group", "a")]
+
+
+@pytest.mark.parametrize(
     ("today", "words"),
     [
         (record_of(seed=1), r"made with --seed 0, and this run has --seed 1: state what it was"),

@@ -19,7 +19,7 @@ import torch
 
 from .environment import gpu_directory_name
 from .gate_cases import suite
-from .records import SCHEMA, fingerprints, selection_of, summary_of
+from .records import SCHEMA, fingerprints, judges, selection_of, summary_of
 from .run import Outcome, ProblemName, Selection
 from .spec import KernelSpec
 
@@ -61,9 +61,10 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Today's sources: hash of each kernel, and the problems of a selection."""
+    """Today's sources: hash of each kernel and of its judge, and the problems of a selection."""
 
     fingerprint: Mapping[str, str]
+    judge: Mapping[str, str]
     enumerate: Callable[[Selection], frozenset[ProblemName]]
 
     @classmethod
@@ -76,7 +77,7 @@ class Sources:
             return frozenset(item.name for item in problems)
 
         found = fingerprints(Path(lib.__path__[0]), kernels)
-        return cls(fingerprint=found, enumerate=enumerated)
+        return cls(fingerprint=found, judge=judges(kernels), enumerate=enumerated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +107,8 @@ def inspect(
     directory: Path, sources: Sources, *, release: bool = False, now: datetime | None = None
 ) -> tuple[Verdict, ...]:
     """Judge `<directory>/<gpu>/*.json`. Where the check of one GPU is good, one of another may be
-    stale. release: every record counts, none of those that a release has is missing, and a check
-    must be full.
+    stale. A check by an older judge is good, and the reason says so. release: every record counts,
+    none of those that a release has is missing, and a check must be full and by today's judge.
 
     `now` is the time that ages are counted from.
     """
@@ -246,11 +247,23 @@ def _judge_check(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     stale = _stale(record["fingerprint"], sources.fingerprint, checked)
     if stale:
         return "stale", stale
+    judged = _judged_by(record, sources, checked)
+    if judged and release:
+        return "stale", judged
+    notes = [judged] if judged else []
     narrowed = [key for key, value in selection_of(selection).items() if value]
     if narrowed:
-        text = f"whole, but of a selection only: {', '.join(narrowed)}"
-        return ("incomplete" if release else GOOD), text
-    return GOOD, ""
+        notes.insert(0, f"whole, but of a selection only: {', '.join(narrowed)}")
+    return ("incomplete" if narrowed and release else GOOD), "; ".join(notes)
+
+
+def _judged_by(record: Mapping[str, Any], sources: Sources, checked: Iterable[str]) -> str:
+    """What is to be said of the judge of a record; nothing where it is today's."""
+    recorded = record.get("judge")
+    if not isinstance(recorded, Mapping):
+        return "it does not say which judge it had"
+    changed = sorted(name for name in checked if recorded.get(name) != sources.judge.get(name))
+    return f"the judge has changed since, of {_few(changed)}" if changed else ""
 
 
 def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> tuple[str, str]:  # noqa: ARG001

@@ -30,7 +30,7 @@ _INTERVAL = 10.0
 
 class Recorder:
     """Collects what a command finds and keeps its file up to date; `path` None keeps it in
-    memory. selection: what was asked for, where the command takes one.
+    memory. judge: see `judges`. selection: what was asked for, where the command takes one.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Recorder:
         environment: dict[str, Any],
         seed: int,
         fingerprint: dict[str, str],
+        judge: Mapping[str, str] | None = None,
         selection: Mapping[str, Any] | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
@@ -54,6 +55,7 @@ class Recorder:
             "seed": seed,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint,
+            **({} if judge is None else {"judge": dict(judge)}),
             **({} if selection is None else {"selection": dict(selection)}),
         }
 
@@ -128,6 +130,19 @@ def fingerprints(package: Path, kernels: Iterable[KernelSpec]) -> dict[str, str]
     """
     read = _Modules(package)
     return {spec.name: _fingerprint(read, spec.source) for spec in kernels}
+
+
+def judges(kernels: Iterable[KernelSpec]) -> dict[str, str]:
+    """Kernel -> hash of what judges it: comparing and running, its entry, and what these import."""
+    name, _, _ = __name__.rpartition(".")
+    read = _Modules(Path(__file__).parent)
+    common = _fingerprint(read, "run.py")
+    found = {}
+    for spec in kernels:
+        module = spec.reference.__module__.removeprefix(f"{name}.").replace(".", "/")
+        entry = _fingerprint(read, f"{module}.py")
+        found[spec.name] = hashlib.sha256(f"{common} {entry}".encode()).hexdigest()[:16]
+    return found
 
 
 def fingerprint(package: Path, source: str) -> str:

@@ -15,8 +15,8 @@ def kept(
 ) -> tuple[list[Outcome], float]:
     """The outcomes of a record that still hold, and the seconds that it took.
 
-    Those are outcomes of `problems` whose kernel has the code of today's run, unless one of the
-    problem's outcomes is a failure. today: the record of this run, so far.
+    Those are outcomes of `problems` whose kernel has the code and the judge of today's run, unless
+    one of the problem's outcomes is a failure. today: the record of this run, so far.
 
     Raises:
         ValueError: the record is malformed, or of another seed, selection, version or GPU.
@@ -35,14 +35,17 @@ def kept(
         before, now = record["environment"].get(name), today["environment"].get(name)
         if before != now:
             raise ValueError(f"it was made with {name} {before}, and this run has {now}")
-    code, code_today = record["fingerprint"], today["fingerprint"]
+
+    def hashes(values: Mapping[str, Any], kernel: str) -> tuple[Any, Any]:
+        return values["fingerprint"].get(kernel), values.get("judge", {}).get(kernel)
+
     wrong = {outcome.problem for outcome in outcomes if not outcome.ok}
     found = [
         outcome
         for outcome in outcomes
         if outcome.problem in problems
         and outcome.problem not in wrong
-        and code.get(outcome.kernel) == code_today[outcome.kernel]
+        and hashes(record, outcome.kernel) == hashes(today, outcome.kernel)
     ]
     return found, record["seconds"]
 

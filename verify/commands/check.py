@@ -101,7 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..findings import write_failure
     from ..inputs import DTYPES, MODES
     from ..parallel import checked
-    from ..records import Recorder, fingerprints, selection_of
+    from ..records import Recorder, fingerprints, judges, selection_of
     from ..report import failure_line, print_report
     from ..run import Selection
     from ..specs import KERNELS
@@ -132,6 +132,7 @@ def main(arguments: argparse.Namespace) -> int:
         environment=facts,
         seed=arguments.seed,
         fingerprint=fingerprints(source_directory(), KERNELS),
+        judge=judges(KERNELS),
         selection=selection_of(selection),
     )
     if arguments.resume and arguments.resume.is_file():
