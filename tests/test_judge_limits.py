@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.cases import Case
 from verify.compare import compare
+from verify.expected import Expected
 from verify.inputs import Inputs
 from verify.models import Arithmetic
-from verify.numerics import BLOCK, freedom
+from verify.numerics import BLOCK, Uncertain, freedom
 from verify.references import Groups
 from verify.routings import RoutingKind
 from verify.specs.glu import activation_of
@@ -86,6 +87,39 @@ def test_right_results_pass_and_a_fault_of_0_2_percent_does_not(case, seed):
         wrong = compare(name, (1.002 * value.double()).to(value.dtype), expected[name])
         assert not wrong.ok
         assert wrong.measure == "slope"
+
+
+@pytest.mark.parametrize(
+    ("truth", "got", "right"),
+    [
+        (65504.0, torch.inf, True),
+        (65519.0, torch.inf, True),
+        (65600.0, 65504.0, True),
+        (-65519.0, -torch.inf, True),
+        (65100.0, torch.inf, False),
+        (66000.0, 65504.0, False),
+        (65519.0, torch.nan, False),
+        (65519.0, -torch.inf, False),
+        (65600.0, 65000.0, False),
+        (1.0, torch.inf, False),
+    ],
+)
+def test_what_lies_beside_the_largest_number_may_overflow_or_not(truth, got, right):
+    """The rounding of fp16 there has a standard deviation of 32 / sqrt(12): 16 of them are 148."""
+    value = torch.ones(8, 16, dtype=torch.float64)
+    value[3, 5] = truth
+    labels = torch.zeros(8, dtype=torch.int64)
+    expected = Expected(
+        value=value,
+        model=Uncertain.exact(value).rounded(DTYPE),
+        dtype=DTYPE,
+        expert=labels,
+        sources=labels + 1,
+        zero=labels > 0,
+    )
+    result = value.to(DTYPE)
+    result[3, 5] = got
+    assert compare("y", result, expected).ok == right
 
 
 class Largest(TorchDispatchMode):

@@ -11,8 +11,9 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
     slope                the factor fitted to each term is 1, and that of each likely fault 0,
                          within 6 of its standard deviations; roundings of products of few
                          different numbers repeat
-    exact                shape, dtype, NaN where the truth has none, zeros that must be +0.0,
-    exact mode
+    exact                shape, dtype, numbers that are finite where the truth is not or the other
+    way (but for what lies within 16 standard deviations of the largest finite number), zeros that
+    must be +0.0, exact mode
 """
 
 from collections.abc import Mapping
@@ -109,12 +110,30 @@ def _zeros(output: str, got: Tensor, expected: Expected) -> Comparison | None:
 def _non_finite(output: str, got: Tensor, expected: Expected) -> Comparison | None:
     want, have = (_finite(expected.vectors(each), got.dtype) for each in (expected.value, got))
     wrong = want != have
+    if wrong.any():
+        wrong[wrong.clone()] = ~_may_overflow(got, expected, wrong)
     if not wrong.any():
         return None
     vector, column = _first(wrong)
     note = "is not finite" if want[vector, column] else "is finite, the truth is not"
     count = int(wrong.sum())
     return _wrong(output, f"{note} ({count} elements)", _place(got, expected, vector, column))
+
+
+def _may_overflow(got: Tensor, expected: Expected, among: Tensor) -> Tensor:
+    """Of the elements `among`, bool [count]: which are right although they are finite and the truth
+    is not, or the other way, since it lies where both are.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        return expected.vectors(part)[among] if part.ndim else part
+
+    limits, model = torch.finfo(expected.dtype), expected.model
+    edge = limits.max * (1 + limits.eps / (4 - 2 * limits.eps))
+    reach = _ELEMENT * (of(model.local) + of(model.shared) + of(model.drift)).sqrt()
+    value, have = of(expected.value), of(got).double()
+    alike = torch.where(have.isinf(), have.sign() == value.sign(), (have - value).abs() <= reach)
+    return alike & ((value.abs() - edge).abs() <= reach)
 
 
 def _finite(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,8 +159,8 @@ def _equal(output: str, got: Tensor, expected: Expected) -> Comparison:
 class _Vectors:
     """What was got, the truth and its variances, as [vectors, length].
 
-    Errors and variances are zero where the truth is not finite. They are made when asked for: all
-    of them held would take as much memory as the truth and its variances do.
+    Errors and variances are zero where the truth or what was got is not finite. They are made when
+    asked for: all of them held would take as much memory as the truth and its variances do.
     """
 
     got: Tensor
@@ -151,7 +170,8 @@ class _Vectors:
     @classmethod
     def of(cls, got: Tensor, expected: Expected) -> "_Vectors":
         truth = replace(expected.model, value=expected.value).rearranged(expected.vectors)
-        return cls(expected.vectors(got), truth, _finite(truth.value, expected.dtype))
+        finite = _finite(truth.value, expected.dtype) & expected.vectors(got).isfinite()
+        return cls(expected.vectors(got), truth, finite)
 
     def __getitem__(self, rows: Any) -> "_Vectors":
         return _Vectors(self.got[rows], self.truth[rows], self.finite[rows])
