@@ -11,9 +11,9 @@ every dtype and shape: `ratio` <= 1 passes. The limits (verification by variance
     slope                the factor fitted to each term is 1, and that of each likely fault 0,
                          within 6 of its standard deviations; roundings of products of few
                          different numbers repeat
-    exact                shape, dtype, numbers that are finite where the truth is not or the other
-    way (but for what lies within 16 standard deviations of the largest finite number), zeros that
-    must be +0.0, exact mode
+    exact                shape, dtype, finite where the truth is and only there (but within 16
+                         standard deviations of the largest finite number), zeros that must be
+                         +0.0, exact mode
 """
 
 from collections.abc import Mapping

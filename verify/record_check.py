@@ -250,11 +250,10 @@ def _judge_check(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     judged = _judged_by(record, sources, checked)
     if judged and release:
         return "stale", judged
-    notes = [judged] if judged else []
     narrowed = [key for key, value in selection_of(selection).items() if value]
-    if narrowed:
-        notes.insert(0, f"whole, but of a selection only: {', '.join(narrowed)}")
-    return ("incomplete" if narrowed and release else GOOD), "; ".join(notes)
+    whole = f"whole, but of a selection only: {', '.join(narrowed)}" if narrowed else ""
+    notes = "; ".join(note for note in (whole, judged) if note)
+    return ("incomplete" if narrowed and release else GOOD), notes
 
 
 def _judged_by(record: Mapping[str, Any], sources: Sources, checked: Iterable[str]) -> str:
