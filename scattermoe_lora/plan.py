@@ -50,7 +50,7 @@ import torch
 
 from ._arguments import check_dtype, check_type
 from ._row_tiles import ROW_TILES
-from ._sizes import next_power_of_two, power_of_two
+from ._sizes import ceil_div, next_power_of_two, power_of_two
 
 
 class Path(enum.StrEnum):
@@ -272,6 +272,8 @@ def choose(problem: Problem, device: Device) -> Plan:
     return _choose(problem._replace(rows=bucket), device)
 
 
+_PROGRAMS = 256
+"""Programs that keep a large GPU busy, about two for each multiprocessor."""
 GATHER_WIDTH = 8192
 """From this N on a copy of X pays: 2 M K bytes twice against 13% of 2 M K N operations (H100)."""
 
@@ -412,13 +414,19 @@ def part_rows(problem: Problem) -> int:
 
     Twice an even share, rounded up to a power of two, which balanced routings do not exceed, but
     512 rows at least, and 1024 where the share is 256. Beyond rank 32 more, in proportion: the sums
-    of parts, in fp32, are about as large as gradients of rank 32, at most. A full gradient has
-    programs enough without.
+    of parts, in fp32, are about as large as gradients of rank 32, at most. Fewer, and not below
+    512, where whole experts have less than _PROGRAMS output tiles: parts then make up that many. A
+    full gradient has programs enough without.
     """
+    if problem.operation is not Operation.LORA_WEIGHT_GRAD:
+        return 0
     share = max(1, next_power_of_two(problem.rank) // 32) * rows_per_expert(problem)
     rows = max(2 * share, min(4 * share, 1024), 512)
-    narrow = problem.operation is Operation.LORA_WEIGHT_GRAD
-    return rows if narrow and problem.rows > rows else 0
+    tiles = ceil_div(problem.k + problem.n, 128) * ceil_div(problem.rank, 64)
+    if problem.experts * tiles < _PROGRAMS:
+        busy = next_power_of_two(ceil_div(problem.rows * tiles, _PROGRAMS))
+        rows = min(rows, max(busy, 512))
+    return rows if problem.rows > rows else 0
 
 
 def stage_bytes(tile: Tile, dtype: torch.dtype) -> int:

@@ -148,18 +148,30 @@ def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):
 
 
 def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
-    def workers(gpus: int, processors: int, gigabytes: int = 80) -> int:
+    def workers(gpus: int, processors: int, gigabytes: int = 80, *words: str) -> int:
         facts = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         monkeypatch.setattr(command, "cores", lambda: processors)
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
-        arguments = parser.parse_args(["--directory", str(tmp_path / "new")])
+        arguments = parser.parse_args(["--directory", str(tmp_path / "new"), *words])
         return command._settings(arguments, torch.device("cuda"))[1].workers
 
     assert [workers(1, 16), workers(1, 64), workers(8, 16), workers(8, 4)] == [12, 12, 1, 1]
     assert [workers(1, 16, 40), workers(1, 16, 24), workers(1, 16, 5)] == [6, 3, 1]
+    assert [workers(1, 16, 80, "--memory", "24"), workers(1, 16, 24, "--workers", "5")] == [4, 5]
+
+
+@pytest.mark.parametrize(("stated", "memory"), [(0, 70), (24, 24)])
+def test_launches_share_the_memory_that_is_free_at_first_unless_it_is_stated(
+    tmp_path, stated, memory
+):
+    settings = Settings(devices=("cuda:0",), workers=2, kernels=("combine",), memory=stated)
+    campaign = Campaign(tmp_path, settings, {spec.name: spec for spec in KERNELS})
+    campaign._learn({"environment": {}, "memory": 70, "pools": POOL, "fixed": []})
+    campaign._learn({"environment": {}, "memory": 60})
+    assert campaign._memory == memory
 
 
 class Sanitizer:

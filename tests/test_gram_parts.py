@@ -137,16 +137,7 @@ def test_a_launch_covers_every_part_and_every_cut_expert(counts, height):
 )
 def test_an_expert_is_cut_at_twice_an_even_share(experts, rows, rank, part_rows):
     """By the bucket of the plan: a new number of tokens of the same bucket compiles nothing."""
-    asked = sm.Problem(
-        operation=sm.Operation.LORA_WEIGHT_GRAD,
-        rows=rows,
-        experts=experts,
-        k=64,
-        n=64,
-        rank=rank,
-        dtype=torch.bfloat16,
-        precision=sm.Precision.IEEE,
-    )
+    asked = problem_of(experts, rows, rank, width=2**14)
     assert sm.choose(asked, sm.Device.of(torch.device("cpu"))).part_rows == part_rows
     assert (
         parts_of(counted(experts, rows), part_rows or rows).parts
@@ -155,6 +146,35 @@ def test_an_expert_is_cut_at_twice_an_even_share(experts, rows, rank, part_rows)
     )
     whole = asked._replace(operation=sm.Operation.EXPERT_WEIGHT_GRAD)
     assert sm.choose(whole, sm.Device.of(torch.device("cpu"))).part_rows == 0
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 65, 256])
+@pytest.mark.parametrize("width", [64, 512, 4096])
+@pytest.mark.parametrize("experts", [1, 2, 8])
+def test_experts_with_few_tiles_are_cut_until_a_gpu_is_busy(experts, width, rank):
+    """256 programs, each of [128, 64] sums over 512 rows or more; no power of two fewer."""
+    rows = 2**20
+    plan = sm.choose(problem_of(experts, rows, rank, width), sm.Device.of(torch.device("cpu")))
+    tiles = -(-2 * width // 128) * -(-rank // 64)
+    parts = rows // (plan.part_rows or rows // experts)
+    assert plan.part_rows == 0 or plan.part_rows >= 512
+    if experts * tiles < 256:
+        assert parts * tiles <= 256
+        assert parts * tiles > 128 or plan.part_rows == 512
+
+
+def problem_of(experts: int, rows: int, rank: int, width: int) -> sm.Problem:
+    """A gradient of adapters on square experts."""
+    return sm.Problem(
+        operation=sm.Operation.LORA_WEIGHT_GRAD,
+        rows=rows,
+        experts=experts,
+        k=width,
+        n=width,
+        rank=rank,
+        dtype=torch.bfloat16,
+        precision=sm.Precision.IEEE,
+    )
 
 
 def test_parts_are_of_at_least_no_row():

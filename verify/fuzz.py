@@ -41,7 +41,8 @@ class Settings:
 
     devices: one per group of workers. patience: seconds that one launch may take, and compiling one
     of its kernels.
-    tree: directory of another copy of the package, or empty.
+    tree: directory of another copy of the package, or empty. memory: bytes of each GPU for all that
+    is launched at a time; 0: what is free when a run begins.
     """
 
     devices: tuple[str, ...]
@@ -51,6 +52,7 @@ class Settings:
     tree: str = ""
     patience: float = 30.0
     shrink_seconds: float = 60.0
+    memory: int = 0
 
     @property
     def interpreted(self) -> bool:
@@ -293,8 +295,8 @@ class Campaign:
 
     def _learn(self, hello: Mapping[str, Any]) -> None:
         self.environment = hello["environment"]
-        self._memory = hello["memory"]
         if "pools" in hello:
+            self._memory = self.settings.memory or hello["memory"]
             self.pools, self.fixed = hello["pools"], frozenset(hello["fixed"])
 
     def _done(self, process: Process, facts: Mapping[str, Any]) -> None:

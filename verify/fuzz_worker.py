@@ -105,10 +105,12 @@ class Worker:
         return True
 
     def facts(self, *, pools: bool) -> dict[str, Any]:
-        """What the parent must know; pools: of the plans too, which takes a while."""
+        """What the parent must know: how much memory is free, among others; pools: of the plans
+        too, which takes a while.
+        """
         memory = 0
         if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
+            memory = torch.cuda.mem_get_info(self.device)[0]
         found: dict[str, Any] = {"environment": environment(self.device), "memory": memory}
         if pools:
             found["pools"] = {

@@ -40,7 +40,7 @@ columns for each row and each line of the experts: counted in fp32, rounded up.
 """
 _UNKNOWN = tuple(max(counts) for counts in zip(*_ALIVE.values(), strict=True))
 _SHARE = 0.85
-"""Share of a GPU's memory that problems may take; contexts of processes need some too."""
+"""Share of a GPU's free memory that problems may take; contexts of processes need some too."""
 
 
 def footprint(kernel: str, case: Case) -> int:
@@ -58,10 +58,12 @@ def footprint(kernel: str, case: Case) -> int:
 
 
 def room(device: torch.device) -> float:
-    """Bytes that problems may take at a time on a device; what a CPU lacks, its system swaps."""
+    """Bytes that problems may take at a time on a device, of what is free; what a CPU lacks, its
+    system swaps.
+    """
     if device.type != "cuda":
         return math.inf
-    return _SHARE * torch.cuda.get_device_properties(device).total_memory
+    return _SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def admitted(

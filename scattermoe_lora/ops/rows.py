@@ -7,6 +7,7 @@
 An element of a result belongs to one program, which sums in fp32 and rounds once.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -94,8 +95,9 @@ def combine(
     Args:
         y: [rows, N] in slot order.
         gates: [tokens, top_k], any floating dtype.
-        out: [tokens, N], dtype of y, any strides: written and returned. It must not lie within the
-            memory that y spans, or share any with gates: programs read those while others write.
+        out: [tokens, N], dtype of y, any strides that give each element a place of its own:
+            written and returned. It must not overlap the memory that y or gates span: programs read
+            those while others write.
 
     Returns:
         [tokens, N] in the dtype of y, rounded once.
@@ -110,11 +112,10 @@ def combine(
             raise ValueError(
                 f"out must have shape {[routing.tokens, y.shape[1]]}, got {list(out.shape)}"
             )
-        if 0 in [stride for size, stride in zip(out.shape, out.stride(), strict=True) if size > 1]:
-            raise ValueError(
-                f"out must have a place for each element, got strides {list(out.stride())}"
-            )
-        _check_apart(out, y)
+        _check_places(out)
+        _check_apart(out, "y", y)
+        if gates is not None:
+            _check_apart(out, "gates", gates)
     if out.numel():
         width = y.shape[1]
         gates, gates_form, pointers = coefficients(gates)
@@ -193,12 +194,23 @@ def combine_grad_kernel(y, dout, grad, fan_out, N, BLOCK_N: tl.constexpr):
     tl.store(grad + slot, tl.sum(acc))
 
 
-def _check_apart(out: Tensor, y: Tensor) -> None:
-    (first, past), (start, end) = _span(out), _span(y)
+def _check_places(out: Tensor) -> None:
+    """Elements that share a place lie column / common rows and row / common columns apart."""
+    (rows, columns), (row, column) = out.shape, out.stride()
+    common = math.gcd(row, column) or 1
+    if out.numel() > 1 and column // common < rows and row // common < columns:
+        raise ValueError(
+            f"out must have a place for each element, got strides {list(out.stride())} of shape "
+            f"{list(out.shape)}"
+        )
+
+
+def _check_apart(out: Tensor, name: str, operand: Tensor) -> None:
+    (first, past), (start, end) = _span(out), _span(operand)
     if first < end and start < past:
         raise ValueError(
-            f"out must not overlap y: it spans {past - first} bytes from address {first}, and y "
-            f"{end - start} bytes from {start}"
+            f"out must not overlap {name}: it spans {past - first} bytes from address {first}, and "
+            f"{name} {end - start} bytes from {start}"
         )
 
 

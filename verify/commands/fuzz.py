@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=count, help="processes per GPU (at most 12), or on the CPU (1)"
     )
     parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="GIB",
+        help="of each GPU for launches at a time; what is free at the start, unless stated",
+    )
+    parser.add_argument(
         "--patience",
         type=positive,
         help="seconds after which a launch, or compiling a kernel, counts as hung (30)",
@@ -180,6 +186,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path
         "workers": arguments.workers,
         "patience": arguments.patience,
         "shrink_seconds": arguments.shrink_seconds,
+        "memory": arguments.memory and int(arguments.memory * 2**30),
     }
     changed = {name: value for name, value in stated.items() if value is not None}
     if arguments.resume is not None:
@@ -197,7 +204,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path
     workers = 1
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        workers = usual_workers(cores() // len(devices), memory)
+        workers = usual_workers(cores() // len(devices), changed.get("memory", memory))
     return directory, Settings(
         devices=devices,
         seed=arguments.seed or 0,
