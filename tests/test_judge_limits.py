@@ -17,6 +17,7 @@ from verify.references import Groups
 from verify.routings import RoutingKind
 from verify.specs.glu import activation_of
 from verify.specs.layer import EXPERTS_MLP
+from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
 
 pytestmark = pytest.mark.correctness
 
@@ -87,6 +88,25 @@ def test_right_results_pass_and_a_fault_of_0_2_percent_does_not(case, seed):
         wrong = compare(name, (1.002 * value.double()).to(value.dtype), expected[name])
         assert not wrong.ok
         assert wrong.measure == "slope"
+
+
+@pytest.mark.parametrize("spec", [SCATTER2SCATTER, LORA_FORWARD], ids=lambda spec: spec.name)
+def test_equal_rows_that_err_alike_are_few_when_factors_are_fitted(spec):
+    """Eleven choices of one expert by each of twelve tokens: twelve roundings, not 132."""
+    case = replace(
+        PARALLEL, tokens=12, experts=14, top_k=11, k_in=96, n_out=1, rank=1, target="EXPERT",
+        routing=RoutingKind("repeated"), gated=False, gradient="",
+    )  # fmt: skip
+    slopes, faults = [], []
+    for seed in range(120):
+        inputs = spec.inputs(case, DTYPE, "balanced", torch.device("cpu"), seed=seed)
+        expected = spec.reference(inputs, Arithmetic())["y"]
+        results = (expected.value, 1.02 * expected.value)
+        right, wrong = (compare("y", y.to(DTYPE), expected) for y in results)
+        slopes.append(right.ratios["slope"])
+        faults.append(wrong.ratios["slope"])
+    assert 0.3 < max(slopes) < 0.8
+    assert min(faults) > 1
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,35 @@ def test_a_stage_whose_time_was_over_goes_on_when_it_is_run_again(
 
 
 @pytest.mark.correctness
+def test_a_record_of_some_stages_says_that_the_others_wait(tmp_path, monkeypatch):
+    """Whatever is asked of those: what passed stays, and what is new waits."""
+    ran: list[str] = []
+
+    def passed(stage: Stage) -> Result:
+        ran.append(stage.name)
+        return Result(name=stage.name, status="passed", words=stage.words)
+
+    def some(*only: str, minutes: str) -> dict[str, object]:
+        stages = (
+            Stage(name="doctor", words=("doctor",), purpose=""),
+            Stage(name="fuzz", words=("fuzz", "--minutes", minutes), purpose=""),
+        )
+        made = Qualification(tmp_path, stages, {}, only=only)
+        made.resume()
+        made.run(lambda stage: None)
+        return json.loads(made.file.read_text())["summary"]
+
+    monkeypatch.setattr("verify.qualify.run_stage", passed)
+    found = some("fuzz", minutes="1")
+    assert (found["passed"], found["waiting"], found["complete"]) == (1, 1, False)
+    found = some("doctor", minutes="5")
+    assert (found["passed"], found["waiting"], found["complete"]) == (2, 0, True)
+    assert ran == ["fuzz", "doctor"]
+    some(minutes="5")
+    assert ran == ["fuzz", "doctor", "fuzz"]
+
+
+@pytest.mark.correctness
 def test_an_interrupted_run_keeps_the_stages_before(tmp_path, monkeypatch):
     ran: list[str] = []
 
@@ -217,5 +246,8 @@ def test_the_command_says_what_it_wrote(tmp_path):
     assert json.loads((tmp_path / "copy.json").read_text()) == record
     assert record["seed"] == 2
     assert ran.returncode == record["summary"]["failed"]
+    assert record["summary"]["waiting"] == len(record["stages"]) - 1
+    assert not record["summary"]["complete"]
+    assert "more to do: compile, check" in ran.stdout
     assert str(tmp_path / "qualify.json") in ran.stdout
     assert "no GPU" in ran.stdout

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from verify.cases import CASES, SMOKE, Case
 from verify.compare import compare
@@ -16,7 +17,9 @@ from verify.references import GatedActivation, Groups, expert_linear, experts_ml
 from verify.routings import RoutingKind
 from verify.specs import KERNELS
 from verify.specs.common import groups_of
-from verify.specs.gradients import EXPERT_WEIGHT_GRAD
+from verify.specs.gradients import EXPERT_WEIGHT_GRAD, LORA_WEIGHT_GRAD
+from verify.specs.layer import EXPERTS_MLP
+from verify.specs.projection import EXPERT_LINEAR
 from verify.specs.rows import COMBINE, GROUP
 
 pytestmark = pytest.mark.correctness
@@ -89,6 +92,41 @@ def test_dropped_rows_are_zero_and_others_do_not_notice():
     for slot, (token, expert) in {0: (0, 0), 3: (1, 1), 4: (2, 2), 5: (2, 2)}.items():
         alone = tensors["x"][token].double() @ tensors["weight"][expert].double()
         torch.testing.assert_close(y[slot], alone)
+
+
+class Work(TorchDispatchMode):
+    """Counts the elements that operations make, and how often the host waits for one."""
+
+    elements = waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.waits += function in waiting
+        if isinstance(made, torch.Tensor):
+            self.elements += made.numel()
+        return made
+
+
+@pytest.mark.parametrize("tokens", [0, 40])
+@pytest.mark.parametrize(
+    "spec", [LORA_WEIGHT_GRAD, EXPERT_LINEAR, EXPERTS_MLP], ids=lambda s: s.name
+)
+def test_the_truth_costs_in_proportion_to_the_experts_and_waits_for_none(spec, tokens):
+    """A hundred times more experts with as many rows: a hundred times the elements, at most."""
+    found = []
+    for experts in (4, 400):
+        case = replace(
+            TINY, tokens=tokens, experts=experts, source="TOKEN", target="SLOT", gradient="TOKEN",
+            k_in=8, n_out=6, routing=RoutingKind("uniform"),
+        )  # fmt: skip
+        inputs = spec.inputs(case, torch.float32, "balanced", CPU)
+        with torch.enable_grad(), Work() as work:
+            spec.reference(inputs, Arithmetic())
+        found.append(work)
+    few, many = found
+    assert many.elements <= 100 * few.elements
+    assert many.waits == few.waits
 
 
 def test_row_orders_hold_the_same_rows():

@@ -239,6 +239,12 @@ class _Errors:
     def labels(self) -> Tensor:
         return self.expected.expert.reshape(-1)
 
+    @property
+    def repeats(self) -> Tensor:
+        """Of each vector how many err alike, itself among them, fp64."""
+        given = self.expected.repeats
+        return torch.ones_like(self.squares) if given is None else given.double().clamp_min(1)
+
     def judged(self) -> Comparison:
         found = [self._rows(), self._experts(), self._whole(), self._elements(), self._slopes()]
         found += [self._direction(name) for name in self.expected.directions]
@@ -270,8 +276,13 @@ class _Errors:
         alone, common = energy[0] * limit, energy[1] * together
         return alone + common + 2 * (alone * common).sqrt() / torch.maximum(freedom, sources)
 
-    def _group(self, measure: str, owner: Tensor, groups: int) -> Comparison:
-        """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in."""
+    def _group(
+        self, measure: str, owner: Tensor, groups: int, repeats: float | Tensor
+    ) -> Comparison:
+        """Judge groups of vectors; `owner` int64 [vectors] says which group each vector is in.
+
+        repeats: of each vector how many of its group err alike.
+        """
         length = self.vectors.got.shape[1]
 
         def total(per_vector: Tensor) -> Tensor:
@@ -288,7 +299,7 @@ class _Errors:
         if self.expected.coupled == "expert":
             fluctuation = total(self.shared / own.sqrt()).square()
         else:
-            fluctuation = total(self.shared.square() / own)
+            fluctuation = total(self.shared.square() * repeats / own)
         freedom = (energy[1].square() / fluctuation.clamp_min(1e-300)).clamp_min(1.0)
         limit = self._limits(count.clamp_min(1), energy, freedom, sources.clamp_min(1))
         ratios = _over(squares, limit)
@@ -297,14 +308,16 @@ class _Errors:
         return self._found(measure, float(ratios[worst]), owner == worst)
 
     def _whole(self) -> Comparison:
-        return self._group("whole", torch.zeros_like(self.labels), 1)
+        return self._group("whole", torch.zeros_like(self.labels), 1, self.repeats)
 
     def _experts(self) -> Comparison:
-        return self._group("expert", self.labels, int(self.labels.max()) + 1)
+        groups = int(self.labels.max()) + 1
+        return self._group("expert", self.labels, groups, self.repeats)
 
     def _rows(self) -> Comparison:
         vectors = len(self.score)
-        return self._group("row", torch.arange(vectors, device=self.labels.device), vectors)
+        owner = torch.arange(vectors, device=self.labels.device)
+        return self._group("row", owner, vectors, 1.0)
 
     def _elements(self) -> Comparison:
         score = float(self.score.max())
@@ -351,8 +364,9 @@ class _Errors:
         return replace(found, note=f"{name} is {excess:+.3%} off")
 
     def _slope_limit(self, influence: Tensor) -> float:
-        vectors, size = self.vectors, influence.abs()
-        alone = float((influence.square() * (vectors.independent - vectors.drift)).sum())
+        vectors, size, repeats = self.vectors, influence.abs(), self.repeats
+        squares = (influence.square() * (vectors.independent - vectors.drift)).sum(1)
+        alone = float((squares * repeats).sum())
         # The rounding of a product depends on two mantissas: in a line or column that shares a
         # factor there are as many different ones as the type has mantissas.
         mantissas = 1 / torch.finfo(self.expected.dtype).eps
@@ -363,7 +377,8 @@ class _Errors:
             pull = torch.zeros(groups, dtype=pull.dtype, device=pull.device).index_add_(
                 0, self.labels, pull
             )
-        together = float(pull.square().sum())
+            repeats = torch.ones_like(pull)
+        together = float((pull.square() * repeats).sum())
         drift = float((size * vectors.drift.sqrt()).sum())
         return _SLOPE * (alone + together) ** 0.5 + drift + 1e-300
 

@@ -21,13 +21,13 @@ class Expected:
     expert: int64, the owner of each vector (any shape that flattens to the number of vectors),
     `experts` for
     vectors that belong to none. sources: per vector, how many independently rounded operand
-    elements its
-    shared error comes from. freedom: per vector, the degrees of freedom of the norm of its shared
-    error, `sources`
-    unless stated. zero: bool per vector, which must be +0.0 to the bit. terms: parts that the value
-    is the sum of, each judged by its fitted slope. directions: what the error of a likely fault
-    looks like, per unit of the fault: each is fitted to the error alone. coupled: whether shared
-    errors are common to one vector or to all vectors of an expert.
+    elements its shared error comes from. freedom: per vector, the degrees of freedom of the norm of
+    its shared error, `sources` unless stated. repeats: per vector, how many of its expert are made
+    of the same operands and err alike, itself among them; 1 unless stated. zero: bool per vector,
+    which must be +0.0 to the bit. terms: parts that the value is the sum of, each judged by its
+    fitted slope. directions: what the error of a likely fault looks like, per unit of the fault:
+    each is fitted to the error alone. coupled: whether shared errors are common to one vector or to
+    all vectors of an expert.
     """
 
     value: Tensor
@@ -37,6 +37,7 @@ class Expected:
     sources: Tensor
     zero: Tensor
     freedom: Tensor | None = None
+    repeats: Tensor | None = None
     vector_dim: int = -1
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     directions: Mapping[str, Tensor] = field(default_factory=dict)

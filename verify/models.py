@@ -157,7 +157,7 @@ class Linear:
             variance = variance.expand(self.x.value.shape[0], self.up.value.shape[1])
         parts = [
             freedom(variance[rows], self.up.value[expert].double())
-            for expert, rows in enumerate(self.groups.slices)
+            for expert, rows in self.groups.live
         ]
         return torch.cat(parts)
 
@@ -225,12 +225,17 @@ def _gram_freedom(rounded: Uncertain, exact: Uncertain, linear: Linear) -> Tenso
     of one.
     """
     variance = rounded.variance.expand_as(rounded.value)
-    parts = [
-        freedom(variance[rows].mT, exact.value[rows].double())
-        / max(linear.repeats[rows].tolist(), default=1)
-        for rows in linear.groups.slices
-    ]
-    return torch.stack(parts)
+    repeats = linear.repeats.tolist()
+    found = torch.zeros(
+        len(linear.groups.slices),
+        rounded.value.shape[1],
+        dtype=torch.float64,
+        device=variance.device,
+    )
+    for expert, rows in linear.groups.live:
+        free = freedom(variance[rows].mT, exact.value[rows].double())
+        found[expert] = free / max(repeats[rows], default=1)
+    return found
 
 
 def expert_weight_gradient(inputs: Inputs, groups: Groups, arithmetic: Arithmetic) -> Uncertain:

@@ -161,6 +161,8 @@ def shortcomings(facts: Mapping[str, Any], *, shared_memory: int | None = None) 
 class Qualification:
     """Runs stages, and keeps `qualify.json` up to date; stages that passed before are not run
     again, unless other words are asked of them now.
+
+    only: names of the stages to be run now, all unless stated; the others wait or stay as they are.
     """
 
     directory: Path
@@ -171,6 +173,12 @@ class Qualification:
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     seed: int = 0
+    only: Sequence[str] = ()
+
+    @property
+    def asked(self) -> tuple[Stage, ...]:
+        """The stages to be run now."""
+        return tuple(stage for stage in self.stages if stage.name in self.only or not self.only)
 
     @property
     def file(self) -> Path:
@@ -184,7 +192,7 @@ class Qualification:
         known = json.loads(self.file.read_text())
         if any(known.get(key) != getattr(self, key) for key in ("environment", "fingerprint")):
             return
-        asked = {stage.name: _asked(stage.words) for stage in self.stages}
+        asked = {stage.name: _asked(stage.words) for stage in self.asked}
         for values in known["stages"]:
             name, words = values["name"], _asked(values["words"])
             if values["status"] == "passed" and asked.get(name, words) == words:
@@ -192,7 +200,7 @@ class Qualification:
 
     def run(self, tell: Callable[[Stage], None]) -> None:
         """Run what has not passed yet, in order; a failed doctor does not stop the others."""
-        for stage in self.stages:
+        for stage in self.asked:
             if stage.name in self.results:
                 continue
             tell(stage)
@@ -212,12 +220,10 @@ class Qualification:
 
     def write(self, *, complete: bool) -> dict[str, Any]:
         """The record, with those of the stages in it, so that one file tells all."""
-        waiting = [
-            Result(name=stage.name, status="waiting")
+        results = [
+            self.results.get(stage.name, Result(name=stage.name, status="waiting"))
             for stage in self.stages
-            if stage.name not in self.results
         ]
-        results = [*self.results.values(), *waiting]
         counts = {status: sum(r.status == status for r in results) for status in STATUSES}
         record = {
             "schema": SCHEMA,
@@ -227,7 +233,7 @@ class Qualification:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "seconds": round(sum(result.seconds for result in results), 1),
             "fingerprint": dict(self.fingerprint),
-            "summary": {**counts, "complete": complete},
+            "summary": {**counts, "complete": complete and not counts["waiting"]},
             "cannot": list(self.limits),
             "commands_missing": list(self.missing),
             "stages": [{**asdict(result), "words": _portable(result.words)} for result in results],

@@ -52,7 +52,8 @@ class RoutingKind:
 
 def expert_counts(top_k_index: Tensor, experts: int) -> list[int]:
     """Rows per expert, sentinels not counted."""
-    return [int((top_k_index == expert).sum()) for expert in range(experts)]
+    known = top_k_index[(top_k_index >= 0) & (top_k_index < experts)]
+    return known.bincount(minlength=experts).tolist()
 
 
 def describe_counts(top_k_index: Tensor, experts: int) -> str:

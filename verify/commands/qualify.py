@@ -90,12 +90,13 @@ def main(arguments: argparse.Namespace) -> int:
     wanted = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench")
     run = Qualification(
         directory,
-        tuple(stage for stage in stages if stage.name in (arguments.stages or names)),
+        stages,
         environment(device),
         limits,
         [name for name in wanted if name not in names],
         fingerprints(source_directory(), KERNELS),
         seed=arguments.seed,
+        only=arguments.stages,
     )
     if not arguments.again:
         run.resume()
@@ -112,14 +113,15 @@ def main(arguments: argparse.Namespace) -> int:
         style = _STYLES[result.status]
         table.add_row(result.name, Text(result.status, style=style), f"{result.seconds:.0f}")
     console.print(table)
-    if record["summary"]["waiting"]:
-        console.print("some stages have more to do: run this again and they go on", style="yellow")
+    left = [stage["name"] for stage in record["stages"] if stage["status"] == "waiting"]
+    if left:
+        console.print(f"more to do: {', '.join(left)}; run this again", style="yellow")
     console.print(Text(f"send back {run.file}"), soft_wrap=True)
     plans = directory / "plans.json"
     if plans.is_file():
         place = f"scattermoe_lora/plans/{gpu_directory_name(str(run.environment['device']))}.json"
         console.print(Text(f"commit {plans} as {place}"), soft_wrap=True)
-    return int(record["summary"]["failed"] + record["summary"]["waiting"] > 0)
+    return int(any(run.results[stage.name].status in ("failed", "waiting") for stage in run.asked))
 
 
 def too_large(shared_memory: int, capability: tuple[int, int]) -> list[str]:

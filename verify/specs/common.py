@@ -191,6 +191,15 @@ def row_expected(
     )
 
 
+def of_rows(found: Expected, groups: Groups, source: str, target: str) -> Expected:
+    """`row_expected` of products of rows in `source` order: the rows of one token that chose one
+    expert are equal, and err alike.
+    """
+    if source != "TOKEN":
+        return found
+    return replace(found, repeats=groups.spread(groups.repeats, target))
+
+
 def expert_expected(
     groups: Groups,
     model: Uncertain,

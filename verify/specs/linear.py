@@ -24,6 +24,7 @@ from .common import (
     arithmetic,
     bytes_of,
     groups_of,
+    of_rows,
     ops,
     order,
     product_plans,
@@ -196,7 +197,9 @@ def _reference_scatter2scatter(inputs: Inputs, how: Arithmetic) -> Mapping[str, 
     groups, terms = groups_of(inputs), _forward_terms(inputs, "base", "bias")
     model = Linear.forward(inputs, groups, how).without_adapter().output()
     truth = None if how.tf32 else _total(terms)
-    return {"y": row_expected(inputs, groups, model, inputs.case.target, truth=truth, terms=terms)}
+    case = inputs.case
+    y = row_expected(inputs, groups, model, case.target, truth=truth, terms=terms)
+    return {"y": of_rows(y, groups, case.source, case.target)}
 
 
 def _reference_shrink(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
@@ -205,18 +208,19 @@ def _reference_shrink(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]
 
 
 def _reference_forward(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
-    groups, terms = groups_of(inputs), _forward_terms(inputs, *TERMS)
+    groups, terms, case = groups_of(inputs), _forward_terms(inputs, *TERMS), inputs.case
     model = Linear.forward(inputs, groups, how)
     truth = None if how.tf32 else _total(terms)
     y = row_expected(
         inputs,
         groups,
         model.output(),
-        inputs.case.target,
+        case.target,
         truth=truth,
         terms=terms,
         freedom=model.freedom(),
     )
+    y = of_rows(y, groups, case.source, case.target)
     return {"y": y, "t": _low_rank(inputs, model, None)}
 
 
@@ -250,7 +254,7 @@ def _reference_input_grad(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expec
         terms=terms,
         freedom=model.freedom(),
     )
-    return {"dx": dx, "yb": yb}
+    return {"dx": of_rows(dx, groups, case.dy_order, case.dx_order), "yb": yb}
 
 
 def _plans_forward(lib: ModuleType, inputs: Inputs) -> tuple[NamedPlan, ...]:

@@ -29,6 +29,7 @@ from .common import (
     bytes_of,
     expert_expected,
     groups_of,
+    of_rows,
     only_default,
     order,
     routing,
@@ -117,15 +118,17 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
         products = summed(y.times(Uncertain.exact(dout)), 1).rounded(torch.float32)
         expected["dgates"] = per_slot(inputs, groups, products, truth["dgates"])
     else:
-        expected["y"] = row_expected(
+        found = row_expected(
             inputs, groups, y, case.target, truth=truth["y"], freedom=rows.freedom()
         )
+        expected["y"] = of_rows(found, groups, case.source, case.target)
     if case.source == "TOKEN":
         expected["dx"] = over_choices(inputs, groups, dx, truth["dx"], inputs.dtype)
     else:
-        expected["dx"] = row_expected(
+        found = row_expected(
             inputs, groups, dx, case.source, truth=truth["dx"], freedom=backward.freedom()
         )
+        expected["dx"] = of_rows(found, groups, case.dy_order, case.source)
     for name, (model, freedom, sources) in weight_gradients(inputs, groups, how).items():
         expected[name] = expert_expected(
             groups,
