@@ -12,6 +12,7 @@ import pytest
 
 from verify.commands.qualify import too_large
 from verify.qualify import (
+    STAGES,
     Budget,
     Qualification,
     Result,
@@ -23,7 +24,6 @@ from verify.qualify import (
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench", "report")
-STAGES = ("doctor", "compile", "check", "check-plans", "fuzz", "sanitize", "tune", "bench")
 
 
 @pytest.mark.correctness

@@ -10,6 +10,7 @@ from commands import on_the_cpu
 from sample_records import MACHINE, head, outcome
 
 import scattermoe_lora
+from verify.qualify import STAGES
 from verify.record_check import Sources, inspect
 from verify.records import selection_of, summary_of
 from verify.run import Outcome, Selection, dtype_name
@@ -337,6 +338,18 @@ def test_other_records_are_demanded_only_for_a_release(judged, whole, tmp_path, 
             for name, state in wanted.items()
         }
         assert all(verdict.days == timedelta(days=3).days for verdict in verdicts)
+
+
+@pytest.mark.parametrize("lacking", [(), ("bench",), ("check", "tune")])
+def test_a_qualification_without_a_stage_is_not_whole(judged, small, sources, lacking):
+    stages = [{"name": name, "status": "passed"} for name in STAGES if name not in lacking]
+    record = head("qualify", summary={"complete": True, "failed": 0}, stages=stages)
+    record["fingerprint"] = dict(sources.fingerprint)
+    verdicts = judged({"check.json": small, "qualify.json": record})
+    _, (verdict,) = split(verdicts)
+    assert verdict.state == ("incomplete" if lacking else "good")
+    assert verdict.reason == (f"not run: {', '.join(lacking)}" if lacking else "")
+    assert not verdict.fault
 
 
 def test_a_release_names_the_records_that_it_lacks(judged, whole):

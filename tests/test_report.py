@@ -15,6 +15,7 @@ from commands import on_the_cpu
 
 from verify.html_report import page_of, render
 from verify.plots import Point, bars, lines, roofline
+from verify.qualify import STAGES
 from verify.report_records import collect
 
 pytest.importorskip("jinja2", reason="the report needs the dev extra")
@@ -190,7 +191,8 @@ def test_each_plot_says_of_which_machine_it_is(records):
 
 @pytest.mark.correctness
 @pytest.mark.parametrize(
-    ("passed", "failed", "state"), [(2, 0, "good"), (1, 0, "none"), (1, 1, "bad")]
+    ("passed", "failed", "state"),
+    [(len(STAGES), 0, "good"), (len(STAGES) - 1, 0, "none"), (1, 1, "bad")],
 )
 def test_a_gpu_is_qualified_where_every_stage_passed(tmp_path, passed, failed, state):
     stages = [{"name": "doctor"}, {"name": "check"}]
@@ -198,7 +200,7 @@ def test_a_gpu_is_qualified_where_every_stage_passed(tmp_path, passed, failed, s
     values = sample_records.head("qualify", summary=summary, stages=stages)
     (tmp_path / "qualify.json").write_text(json.dumps(values))
     (tile,) = page_of(collect([tmp_path]), fingerprint=TODAY, now=NOW).tiles
-    assert (tile.value, tile.state) == (f"{passed} of 2 stages", state)
+    assert (tile.value, tile.state) == (f"{passed} of {len(STAGES)} stages", state)
     assert tile.title == f"qualified on {sample_records.MACHINE['device']}"
 
 

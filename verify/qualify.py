@@ -17,6 +17,8 @@ from typing import Any
 
 from .records import SCHEMA, write_json
 
+STAGES = ("doctor", "compile", "check", "check-plans", "fuzz", "sanitize", "tune", "bench")
+"""Names of all stages, in order."""
 STATUSES = ("passed", "failed", "unavailable", "waiting")
 """waiting: not run yet, or its time was over before it had done all."""
 _NO_FAULT = (0, 2)

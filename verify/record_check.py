@@ -19,6 +19,7 @@ import torch
 
 from .environment import gpu_directory_name
 from .gate_cases import suite
+from .qualify import STAGES
 from .records import SCHEMA, fingerprints, judges, selection_of, summary_of
 from .run import Outcome, ProblemName, Selection
 from .spec import KernelSpec
@@ -269,6 +270,10 @@ def _judge_other(record: dict[str, Any], sources: Sources, *, release: bool) -> 
     """State and reason of a record of another command."""
     if record["summary"].get("complete") is False:
         return "incomplete", "the run was interrupted"
+    if record["command"] == "qualify":
+        named = {stage["name"] for stage in record["stages"]}
+        if waiting := [name for name in STAGES if name not in named]:
+            return "incomplete", f"not run: {', '.join(waiting)}"
     if record["command"] in ("gate", *_COMMANDS) and (found := _judge_gate(record)):
         return found
     counts = ((name, record["summary"].get(name, 0)) for name in _FAULTS)
