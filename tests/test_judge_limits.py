@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from verify.calibrate import weight_grad
 from verify.cases import Case
 from verify.compare import compare
 from verify.expected import Expected
@@ -16,6 +17,7 @@ from verify.numerics import BLOCK, Uncertain, freedom
 from verify.references import Groups
 from verify.routings import RoutingKind
 from verify.specs.glu import activation_of
+from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.layer import EXPERTS_MLP
 from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
 
@@ -107,6 +109,24 @@ def test_equal_rows_that_err_alike_are_few_when_factors_are_fitted(spec):
         faults.append(wrong.ratios["slope"])
     assert 0.3 < max(slopes) < 0.8
     assert min(faults) > 1
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_each_rounding_of_a_row_may_push_a_parallel_line_as_far_as_it_can(gated):
+    """Rows of one token have one x: dA gets all that the roundings of their yb, and of its product
+    with a gate, err by along it.
+    """
+    case = replace(
+        PARALLEL, tokens=48, experts=64, top_k=2, k_in=200, n_out=200, rank=32, gradient="",
+        target="EXPERT", routing=RoutingKind("repeated"), gated=gated,
+    )  # fmt: skip
+    found, device = [], torch.device("cpu")
+    for seed in range(4):
+        inputs = LORA_WEIGHT_GRAD.inputs(case, torch.bfloat16, "balanced", device, seed=seed)
+        expected = LORA_WEIGHT_GRAD.reference(inputs, Arithmetic())
+        for name, got in weight_grad(inputs).items():
+            found.append(compare(name, got, expected[name]).ratios["row"])
+    assert 0.6 < max(found) < 1
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,14 @@ def weight_gradients(
     da, db = (found[name].rounded(step).rounded(inputs.lora_dtype) for name in ("lora_a", "lora_b"))
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
     narrowed, case = inputs.narrowed, inputs.case
+    stored = 1 if gates is None else 2
     return {
-        "da": FactorGradient(da, _gram_freedom(yb, forward.x, forward), 1 + narrowed * case.n_out),
-        "db": FactorGradient(db, _gram_freedom(t, backward.x, forward), 1 + narrowed * case.k_in),
+        "da": FactorGradient(
+            da, _gram_freedom(yb, forward.x, forward), stored + narrowed * case.n_out
+        ),
+        "db": FactorGradient(
+            db, _gram_freedom(t, backward.x, forward), stored + narrowed * case.k_in
+        ),
     }
 
 
