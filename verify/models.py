@@ -184,9 +184,12 @@ class FactorGradient(NamedTuple):
 
 def alike(case: Case, groups: Groups) -> Tensor:
     """How many rows of its expert equal each kept row in x and in dy, and so err alike: [kept]."""
-    if case.source == case.dy_order == "TOKEN":
-        return groups.repeats
-    return torch.ones_like(groups.slots)
+    return equal_rows(groups, "TOKEN" if case.source == case.dy_order == "TOKEN" else "")
+
+
+def equal_rows(groups: Groups, order: str) -> Tensor:
+    """How many rows of its expert equal each kept row of an operand in that order: [kept]."""
+    return groups.repeats if order == "TOKEN" else torch.ones_like(groups.slots)
 
 
 def weight_gradients(
@@ -204,13 +207,15 @@ def weight_gradients(
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
     narrowed, case = inputs.narrowed, inputs.case
     stored = 1 if gates is None else 2
+    of_dy, of_x = (equal_rows(groups, order) for order in (case.dy_order, case.source))
+    free_da = _gram_freedom(yb, forward.x, groups, of_dy)
+    free_db = _gram_freedom(t, backward.x, groups, of_x)
+    if narrowed and not arithmetic.saved:
+        # What a factor is rounded by reaches all rows of its expert, in parallel at worst.
+        free_da, free_db = torch.ones_like(free_da), torch.ones_like(free_db)
     return {
-        "da": FactorGradient(
-            da, _gram_freedom(yb, forward.x, forward), stored + narrowed * case.n_out
-        ),
-        "db": FactorGradient(
-            db, _gram_freedom(t, backward.x, forward), stored + narrowed * case.k_in
-        ),
+        "da": FactorGradient(da, free_da, stored + narrowed * case.n_out),
+        "db": FactorGradient(db, free_db, stored + narrowed * case.k_in),
     }
 
 
@@ -225,21 +230,16 @@ def gradients_of(forward: Linear, backward: Linear, gates: Tensor | None) -> dic
     return {"lora_a": forward.gram(yb, forward.x), "lora_b": forward.gram(backward.x, t)}
 
 
-def _gram_freedom(rounded: Uncertain, exact: Uncertain, linear: Linear) -> Tensor:
-    """Degrees of freedom of each line of rounded^T exact: [E, R]; rows that err alike have those
-    of one.
+def _gram_freedom(rounded: Uncertain, exact: Uncertain, groups: Groups, equal: Tensor) -> Tensor:
+    """Degrees of freedom of each line of rounded^T exact: [E, R]; of `equal` rows of `rounded`,
+    [kept], which err alike, those of one.
     """
     variance = rounded.variance.expand_as(rounded.value)
-    repeats = linear.repeats.tolist()
-    found = torch.zeros(
-        len(linear.groups.slices),
-        rounded.value.shape[1],
-        dtype=torch.float64,
-        device=variance.device,
-    )
-    for expert, rows in linear.groups.live:
+    times = equal.tolist()
+    found = variance.new_zeros((groups.experts, variance.shape[1]))
+    for expert, rows in groups.live:
         free = freedom(variance[rows].mT, exact.value[rows].double())
-        found[expert] = free / max(repeats[rows], default=1)
+        found[expert] = free / max(times[rows], default=1)
     return found
 
 
