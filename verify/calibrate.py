@@ -24,6 +24,7 @@ from .run import Problem, guarded_run
 from .spec import KernelSpec
 from .specs.gradients import LORA_WEIGHT_GRAD
 from .specs.linear import LORA_FORWARD, LORA_INPUT_GRAD
+from .specs.projection import EXPERT_LINEAR
 
 CPU = torch.device("cpu")
 _TILE = 64
@@ -87,20 +88,23 @@ def drawn_case(seed: int, *, deep: bool = False) -> Case:
     chance = random.Random(seed)
     experts, tokens = chance.choice((1, 2, 5, 8, 16)), chance.randint(2, 200)
     words = chance.choice(_KINDS).split(":")
+    gated = deep or chance.random() < 0.3
+    narrow = not deep and chance.random() < 0.2
     return Case(
         name=f"drawn-{seed}",
         tokens=max(tokens, 48) if deep else tokens,
         experts=experts,
         top_k=min(chance.randint(1, 4), experts),
         k_in=chance.randint(1024, 1280) if deep else chance.randint(33, 512),
-        n_out=chance.randint(64, 160) if deep else chance.randint(32, 256),
+        n_out=chance.randint(64, 160) if deep else chance.randint(1 if narrow else 32, 256),
         rank=chance.randint(4, 33) if deep else chance.randint(1, 33),
         routing=RoutingKind(words[0], tuple(int(word) for word in words[1:])),
         source=chance.choice(("TOKEN", "SLOT", "EXPERT")),
-        target="SLOT",
-        gradient="SLOT",
+        target="SLOT" if gated else chance.choice(("SLOT", "EXPERT")),
+        gradient="TOKEN" if gated else "",
         bias=deep or chance.random() < 0.5,
-        gated=deep or chance.random() < 0.3,
+        gated=gated,
+        values="normal" if deep else chance.choice(("normal", "normal", "offset")),
         lora_dtype=chance.choice(("same", "same", "float32")),
         seed=seed,
     )
@@ -227,23 +231,63 @@ def weight_grad(inputs: Inputs, fault: Fault = RIGHT) -> dict[str, Tensor]:
     """lora_weight_grad over saved operands; of the faults it has no use for any."""
     del fault
     groups = Groups.of(inputs["top_k_index"], inputs.case.experts)
-    forward_side = _forward_operands(inputs, groups)
+    return _factor_gradients(inputs, groups, inputs["xa"], inputs["yb"])
+
+
+def _factor_gradients(inputs: Inputs, groups: Groups, xa: Tensor, yb: Tensor) -> dict[str, Tensor]:
+    """da and db of the kept rows of xa = s x A^T and yb = s dy B."""
+    operands = _forward_operands(inputs, groups)
     dy = inputs["dy"][groups.places(inputs.case.dy_order)]
     da, db = torch.zeros_like(inputs["lora_a"]), torch.zeros_like(inputs["lora_b"])
-    for expert, rows in enumerate(groups.slices):
-        xa, yb = inputs["xa"][rows], inputs["yb"][rows]
-        if forward_side.gates is not None:
-            gates = forward_side.gates[rows, None].float()
-            xa, yb = ((low.float() * gates).to(inputs.dtype) for low in (xa, yb))
-        da[expert] = (yb.float().T @ forward_side.x[rows].float()).to(da.dtype)
-        db[expert] = (dy[rows].float().T @ xa.float()).to(db.dtype)
+    for expert, rows in groups.live:
+        t, u = (_gated(low, operands.gates, rows) for low in (xa, yb))
+        da[expert] = (u.T @ operands.x[rows].float()).to(da.dtype)
+        db[expert] = (dy[rows].float().T @ t).to(db.dtype)
     return {"da": da, "db": db}
+
+
+def _gated(values: Tensor, gates: Tensor | None, rows: slice) -> Tensor:
+    """Some rows in fp32 as a product reads them: times their gates, in their own type."""
+    mine = values[rows].float()
+    return mine if gates is None else (mine * gates[rows, None].float()).to(values.dtype).float()
+
+
+def linear(inputs: Inputs, fault: Fault = RIGHT) -> dict[str, Tensor]:
+    """expert_linear and its gradients, with a fault in the two products with the weight."""
+    case, dtype = inputs.case, inputs.dtype
+    groups = Groups.of(inputs["top_k_index"], case.experts)
+    ahead = replace(_forward_operands(inputs, groups), gates=None)
+    back = _backward_operands(inputs, groups)
+    y, xa = _simulated(ahead, groups, dtype, fault)
+    dx, yb = _simulated(back, groups, dtype, fault)
+
+    def choices(rows: Tensor) -> Tensor:
+        slots = groups.spread(rows.float(), "SLOT")
+        return slots.view(case.tokens, case.top_k, rows.shape[1])
+
+    outputs = _factor_gradients(inputs, groups, xa, yb)
+    outputs["dx"] = groups.spread(dx, case.source)
+    if case.source == "TOKEN":
+        outputs["dx"] = choices(dx).sum(1).to(dtype)
+    outputs["y"] = groups.spread(y, case.target)
+    if case.gated:
+        outputs["y"] = (choices(y) * inputs["gates"].float()[..., None]).sum(1).to(dtype)
+        outputs["dgates"] = choices((y.float() * back.x.float()).sum(1, keepdim=True))[..., 0]
+    outputs["dweight"] = torch.zeros(inputs["weight"].shape, dtype=dtype)
+    sums = torch.zeros(case.experts, case.n_out)
+    for expert, rows in groups.live:
+        dy = _gated(back.x, back.gates, rows)
+        outputs["dweight"][expert] = (ahead.x[rows].float().T @ dy).to(dtype)
+        scale = 1.0 if back.gates is None else back.gates[rows, None].float()
+        sums[expert] = (back.x[rows].float() * scale).sum(0)
+    return {**outputs, "dbias": sums.to(dtype)} if case.bias else outputs
 
 
 PIPELINES: tuple[tuple[KernelSpec, Callable[..., dict[str, Tensor]]], ...] = (
     (LORA_FORWARD, forward),
     (LORA_INPUT_GRAD, input_grad),
     (LORA_WEIGHT_GRAD, weight_grad),
+    (EXPERT_LINEAR, linear),
 )
 
 
