@@ -163,6 +163,14 @@ def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
     assert [workers(1, 16, 80, "--memory", "24"), workers(1, 16, 24, "--workers", "5")] == [4, 5]
 
 
+def test_memory_is_stated_for_a_gpu_only(tmp_path):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = parser.parse_args(["--directory", str(tmp_path / "new"), "--memory", "4"])
+    with pytest.raises(SystemExit, match="--memory is that of a GPU, and the device is cpu"):
+        command._settings(arguments, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("stated", "memory"), [(0, 70), (24, 24)])
 def test_launches_share_the_memory_that_is_free_at_first_unless_it_is_stated(
     tmp_path, stated, memory

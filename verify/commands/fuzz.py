@@ -178,8 +178,11 @@ def _settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Path
     """Of a new campaign, or those of the one to be resumed, with what may change of them.
 
     Raises:
-        SystemExit: there is a campaign already, or none to resume, or it is another one.
+        SystemExit: there is a campaign already, or none to resume, or it is another one; or memory
+            of a GPU is stated for a CPU.
     """
+    if arguments.memory and device.type != "cuda":
+        raise SystemExit(f"--memory is that of a GPU, and the device is {device}")
     from ..fuzz import Settings
 
     stated = {
