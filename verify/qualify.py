@@ -188,11 +188,15 @@ class Qualification:
         return self.directory / "qualify.json"
 
     def resume(self) -> None:
-        """Take over what passed before: on the same machine, with the same sources and options."""
+        """Take over what passed before: on the same GPU, with the same software but for the
+        operating system's, and with the same sources and options.
+        """
         if not self.file.is_file():
             return
         known = json.loads(self.file.read_text())
-        if any(known.get(key) != getattr(self, key) for key in ("environment", "fingerprint")):
+        if known.get("fingerprint") != self.fingerprint:
+            return
+        if _software(known.get("environment", {})) != _software(self.environment):
             return
         asked = {stage.name: _asked(stage.words) for stage in self.asked}
         for values in known["stages"]:
@@ -260,6 +264,11 @@ class Qualification:
         if table.is_file():
             found["plans"] = json.loads(table.read_text())
         return found
+
+
+def _software(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an environment decides what kernels do; the release of its system does not."""
+    return {name: value for name, value in environment.items() if name != "platform"}
 
 
 def _portable(words: Sequence[str]) -> list[str]:
