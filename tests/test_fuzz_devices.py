@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import broken_kernels
@@ -147,16 +148,21 @@ def test_a_campaign_takes_every_gpu_unless_one_is_named(monkeypatch):
     assert command._devices(torch.device("cpu")) == ("cpu",)
 
 
+def settings_of(place: Path, device: str, *words: str) -> Settings:
+    """Those of a new campaign there, of a command line."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = parser.parse_args(["--directory", str(place / "new"), *words])
+    return command._settings(arguments, torch.device(device))[1]
+
+
 def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
     def workers(gpus: int, processors: int, gigabytes: int = 80, *words: str) -> int:
         facts = SimpleNamespace(total_memory=gigabytes * 10**9)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
         monkeypatch.setattr(command, "cores", lambda: processors)
-        parser = argparse.ArgumentParser()
-        command.add_arguments(parser)
-        arguments = parser.parse_args(["--directory", str(tmp_path / "new"), *words])
-        return command._settings(arguments, torch.device("cuda"))[1].workers
+        return settings_of(tmp_path, "cuda", *words).workers
 
     assert [workers(1, 16), workers(1, 64), workers(8, 16), workers(8, 4)] == [12, 12, 1, 1]
     assert [workers(1, 16, 40), workers(1, 16, 24), workers(1, 16, 5)] == [6, 3, 1]
@@ -164,11 +170,8 @@ def test_the_processors_are_shared_by_the_gpus(monkeypatch, tmp_path):
 
 
 def test_memory_is_stated_for_a_gpu_only(tmp_path):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    arguments = parser.parse_args(["--directory", str(tmp_path / "new"), "--memory", "4"])
     with pytest.raises(SystemExit, match="--memory is that of a GPU, and the device is cpu"):
-        command._settings(arguments, torch.device("cpu"))
+        settings_of(tmp_path, "cpu", "--memory", "4")
 
 
 @pytest.mark.parametrize(("stated", "memory"), [(0, 70), (24, 24)])

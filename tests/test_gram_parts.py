@@ -29,6 +29,20 @@ def counted(experts: int, rows: int) -> sm.Routing:
     return sm.Routing(*(torch.empty(0),) * 4, tokens=rows, top_k=1, experts=experts)
 
 
+def problem_of(experts: int, rows: int, rank: int, width: int) -> sm.Problem:
+    """A gradient of adapters on square experts."""
+    return sm.Problem(
+        operation=sm.Operation.LORA_WEIGHT_GRAD,
+        rows=rows,
+        experts=experts,
+        k=width,
+        n=width,
+        rank=rank,
+        dtype=torch.bfloat16,
+        precision=sm.Precision.IEEE,
+    )
+
+
 def gradients(routing: sm.Routing, height: int) -> tuple[torch.Tensor, ...]:
     """dA, dB and dW of operands of small whole numbers, with parts of `height` rows."""
     generator = torch.Generator().manual_seed(0)
@@ -41,16 +55,8 @@ def gradients(routing: sm.Routing, height: int) -> tuple[torch.Tensor, ...]:
     lora = sm.LoRAWeights(
         a=drawn(routing.experts, RANK, WIDTH), b=drawn(routing.experts, OUT, RANK), scaling=1.0
     )
-    problem = sm.Problem(
-        operation=sm.Operation.LORA_WEIGHT_GRAD,
-        rows=routing.rows,
-        experts=routing.experts,
-        k=WIDTH,
-        n=OUT,
-        rank=RANK,
-        dtype=torch.float32,
-        precision=sm.Precision.IEEE,
-    )
+    problem = problem_of(routing.experts, routing.rows, RANK, WIDTH)
+    problem = problem._replace(n=OUT, dtype=torch.float32)
     plan = replace(sm.choose(problem, sm.Device.of(routing.device)), part_rows=height)
     orders = {"x_order": sm.RowOrder.TOKEN, "dy_order": sm.RowOrder.EXPERT}
     da, db = ops.lora_weight_grad(x, dy, xa, yb, lora, routing, **orders, plan=plan)
@@ -163,20 +169,6 @@ def test_experts_with_few_tiles_are_cut_until_a_gpu_is_busy(experts, width, rank
     else:
         assert parts * tiles <= 256
         assert parts * tiles > 128 or plan.part_rows == 512
-
-
-def problem_of(experts: int, rows: int, rank: int, width: int) -> sm.Problem:
-    """A gradient of adapters on square experts."""
-    return sm.Problem(
-        operation=sm.Operation.LORA_WEIGHT_GRAD,
-        rows=rows,
-        experts=experts,
-        k=width,
-        n=width,
-        rank=rank,
-        dtype=torch.bfloat16,
-        precision=sm.Precision.IEEE,
-    )
 
 
 def test_parts_are_of_at_least_no_row():

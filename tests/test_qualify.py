@@ -26,6 +26,19 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench", "report")
 
 
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the stages that were run; all pass, and none does anything."""
+    names: list[str] = []
+
+    def passed(stage: Stage) -> Result:
+        names.append(stage.name)
+        return Result(name=stage.name, status="passed", words=stage.words)
+
+    monkeypatch.setattr("verify.qualify.run_stage", passed)
+    return names
+
+
 @pytest.mark.correctness
 def test_stages_are_the_commands_that_exist_in_order(tmp_path):
     made = stages_of(tmp_path, device="cuda", known=COMMANDS, budget=Budget(fuzz=2.5), seed=3)
@@ -120,13 +133,7 @@ def test_stages_that_passed_are_not_run_again(tmp_path):
 
 
 @pytest.mark.correctness
-def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
-    ran: list[str] = []
-
-    def passed(stage: Stage) -> Result:
-        ran.append(stage.name)
-        return Result(name=stage.name, status="passed", words=stage.words)
-
+def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch, ran):
     def again(*, seed: int = 0, tune: float = 8.0, place: Path = tmp_path / "one") -> list[str]:
         ran.clear()
         stages = stages_of(place, device="cpu", known=COMMANDS, budget=Budget(tune=tune), seed=seed)
@@ -136,7 +143,6 @@ def test_stages_of_which_more_is_asked_now_are_run_again(tmp_path, monkeypatch):
         assert json.loads(made.file.read_text())["seed"] == seed
         return list(ran)
 
-    monkeypatch.setattr("verify.qualify.run_stage", passed)
     monkeypatch.setattr("verify.qualify.time.strftime", lambda *words: f"another {len(ran)}")
     assert again() == list(STAGES)
     assert again() == []
@@ -174,13 +180,8 @@ def test_a_stage_whose_time_was_over_goes_on_when_it_is_run_again(
 
 
 @pytest.mark.correctness
-def test_a_record_of_some_stages_says_that_the_others_wait(tmp_path, monkeypatch):
+def test_a_record_of_some_stages_says_that_the_others_wait(tmp_path, ran):
     """Whatever is asked of those: what passed stays, and what is new waits."""
-    ran: list[str] = []
-
-    def passed(stage: Stage) -> Result:
-        ran.append(stage.name)
-        return Result(name=stage.name, status="passed", words=stage.words)
 
     def some(*only: str, minutes: str) -> dict[str, object]:
         stages = (
@@ -192,7 +193,6 @@ def test_a_record_of_some_stages_says_that_the_others_wait(tmp_path, monkeypatch
         made.run(lambda stage: None)
         return json.loads(made.file.read_text())["summary"]
 
-    monkeypatch.setattr("verify.qualify.run_stage", passed)
     found = some("fuzz", minutes="1")
     assert (found["passed"], found["waiting"], found["complete"]) == (1, 1, False)
     found = some("doctor", minutes="5")

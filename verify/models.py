@@ -207,12 +207,12 @@ def weight_gradients(
     yb, t = (_gated_rows(low.low_rank(), gates, inputs.dtype) for low in (backward, forward))
     narrowed, case = inputs.narrowed, inputs.case
     stored = 1 if gates is None else 2
-    of_dy, of_x = (equal_rows(groups, order) for order in (case.dy_order, case.source))
-    free_da = _gram_freedom(yb, forward.x, groups, of_dy)
-    free_db = _gram_freedom(t, backward.x, groups, of_x)
     if narrowed and not arithmetic.saved:
         # What a factor is rounded by reaches all rows of its expert, in parallel at worst.
-        free_da, free_db = torch.ones_like(free_da), torch.ones_like(free_db)
+        free_da = free_db = torch.ones_like(da.value[..., 0])
+    else:
+        free_da = _gram_freedom(yb, forward.x, groups, equal_rows(groups, case.dy_order))
+        free_db = _gram_freedom(t, backward.x, groups, equal_rows(groups, case.source))
     return {
         "da": FactorGradient(da, free_da, stored + narrowed * case.n_out),
         "db": FactorGradient(db, free_db, stored + narrowed * case.k_in),

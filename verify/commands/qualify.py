@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..ahead import ARCHITECTURES
     from ..cli import COMMANDS
     from ..environment import environment, gpu_directory_name
-    from ..qualify import Budget, Qualification, shortcomings, stages_of
+    from ..qualify import STAGES, Budget, Qualification, shortcomings, stages_of
     from ..records import fingerprints, write_json
     from ..specs import KERNELS
 
@@ -87,13 +87,12 @@ def main(arguments: argparse.Namespace) -> int:
     )
     names = [stage.name for stage in stages]
     check_names("stages", arguments.stages, names)
-    wanted = ("doctor", "compile", "check", "fuzz", "sanitize", "tune", "bench")
     run = Qualification(
         directory,
         stages,
         environment(device),
         limits,
-        [name for name in wanted if name not in names],
+        [name for name in STAGES if name not in names],
         fingerprints(source_directory(), KERNELS),
         seed=arguments.seed,
         only=arguments.stages,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cases import Case
 from ..expected import Expected
 from ..inputs import Inputs
-from ..models import Arithmetic, Rounds
+from ..models import Arithmetic, Rounds, equal_rows
 from ..numerics import Uncertain
 from ..references import Groups
 from ..spec import NamedPlan
@@ -195,9 +195,7 @@ def of_rows(found: Expected, groups: Groups, source: str, target: str) -> Expect
     """`row_expected` of products of rows in `source` order: the rows of one token that chose one
     expert are equal, and err alike.
     """
-    if source != "TOKEN":
-        return found
-    return replace(found, repeats=groups.spread(groups.repeats, target))
+    return replace(found, repeats=groups.spread(equal_rows(groups, source), target))
 
 
 def expert_expected(
