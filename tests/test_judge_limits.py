@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from verify.calibrate import weight_grad
+from verify.calibrate import linear, weight_grad
 from verify.cases import Case
 from verify.compare import compare
 from verify.expected import Expected
@@ -20,6 +20,7 @@ from verify.specs.glu import activation_of
 from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.layer import EXPERTS_MLP
 from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
+from verify.specs.projection import EXPERT_LINEAR
 
 pytestmark = pytest.mark.correctness
 
@@ -127,6 +128,35 @@ def test_each_rounding_of_a_row_may_push_a_parallel_line_as_far_as_it_can(gated)
         for name, got in weight_grad(inputs).items():
             found.append(compare(name, got, expected[name]).ratios["row"])
     assert 0.6 < max(found) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "seed"),
+    [
+        (
+            {"tokens": 37, "top_k": 2, "rank": 6, "routing": RoutingKind("holes", (36,)),
+             "source": "EXPERT", "weight_layout": "transposed", "values": "offset", "bias": True},
+            torch.float16, 6651,
+        ),
+        (
+            {"tokens": 137, "experts": 36, "top_k": 6, "rank": 64,
+             "routing": RoutingKind("repeated")},
+            torch.bfloat16, 39372,
+        ),
+    ],
+    ids=["rows about one offset", "equal rows"],
+)  # fmt: skip
+def test_what_a_factor_is_rounded_by_reaches_all_rows_of_its_expert(changes, dtype, seed):
+    """And pushes the lines of dA and dB one way where these rows are much alike."""
+    drawn = replace(
+        PARALLEL, k_in=96, n_out=80, target="EXPERT", gradient="", gated=False, scaling=0.25,
+        lora_dtype="float32",
+    )  # fmt: skip
+    case = replace(drawn, **changes)
+    inputs = EXPERT_LINEAR.inputs(case, dtype, "balanced", torch.device("cpu"), seed=seed)
+    expected, got = EXPERT_LINEAR.reference(inputs, Arithmetic()), linear(inputs)
+    rows = [compare(name, got[name], expected[name]).ratios["row"] for name in ("da", "db")]
+    assert 0.3 < max(rows) < 1
 
 
 @pytest.mark.parametrize(
