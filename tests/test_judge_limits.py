@@ -21,6 +21,7 @@ from verify.specs.gradients import LORA_WEIGHT_GRAD
 from verify.specs.layer import EXPERTS_MLP
 from verify.specs.linear import LORA_FORWARD, SCATTER2SCATTER
 from verify.specs.projection import EXPERT_LINEAR
+from verify.specs.rows import COMBINE
 
 pytestmark = pytest.mark.correctness
 
@@ -202,6 +203,25 @@ class Largest(TorchDispatchMode):
         if isinstance(made, Tensor):
             self.elements = max(self.elements, made.numel())
         return made
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 9])
+def test_every_sum_below_the_normal_numbers_is_rounded_to_the_smallest_one(top_k):
+    """fp32 rows of subnormal numbers, multiplied by their gates and summed in fp32."""
+    case = replace(
+        PARALLEL, tokens=6304, experts=107, top_k=top_k, rank=16, routing=RoutingKind("uniform"),
+        gradient="", values="tiny-x",
+    )  # fmt: skip
+    inputs = COMBINE.inputs(case, torch.float32, "balanced", torch.device("cpu"), seed=0)
+    expected = COMBINE.reference(inputs, Arithmetic())["out"]
+    out = torch.zeros(case.tokens, case.n_out)
+    for choice, gates in zip(
+        inputs["y"].view(case.tokens, top_k, -1).unbind(1), inputs["gates"].unbind(1), strict=True
+    ):
+        out = out + gates[:, None] * choice
+    found = compare("out", out, expected)
+    assert 0.1 < found.ratios["row"] < 0.6, str(found)
+    assert not compare("out", 1.00001 * out, expected).ok
 
 
 def test_degrees_of_freedom_take_no_square_of_the_rows():

@@ -250,15 +250,19 @@ def freedom(variance: Tensor, right: Tensor) -> Tensor:
 
 
 def summed(x: Uncertain, dim: int) -> Uncertain:
-    """Sum over `dim`, accumulated in fp32; errors of the summands are taken as independent."""
+    """Sum over `dim`, accumulated in fp32; errors of the summands are taken as independent.
+
+    Below the normal numbers every product and every sum is rounded to the nearest multiple of the
+    smallest one.
+    """
 
     def part(variance: Tensor) -> Tensor:
         return variance if variance.ndim == 0 else variance.sum(dim)
 
-    value = x.value.double().sum(dim)
-    drift = part(x.drift) + accumulation_epsilon(x.value.shape[dim]) ** 2 * (
-        x.value.double().square().sum(dim) + value.square()
-    )
+    value, length = x.value.double().sum(dim), x.value.shape[dim]
+    spread = x.value.double().square().sum(dim) + value.square()
+    drift = part(x.drift) + accumulation_epsilon(length) ** 2 * spread
+    drift = drift + 2 * length * _SMALLEST**2 / 12
     return Uncertain(value, _zero(value), part(x.local) + part(x.shared), drift)
 
 
