@@ -175,6 +175,26 @@ def test_records_of_other_names_stand_beside_each_other(records):
 
 
 @pytest.mark.correctness
+def test_times_are_drawn_over_the_rank_from_three_ranks_on(records):
+    values = sample_records.bench(9)
+    (entry, other) = values["benchmarks"][:2]
+    for rank, ms in ((128, 1.75), (8, 1.25)):
+        more = entry | {"name": entry["name"].replace("r16", f"r{rank}"), "R": rank, "ms": ms}
+        values["benchmarks"].append(more)
+    values["benchmarks"].append(other | {"name": other["name"].replace("r16", "r64"), "R": 64})
+    (records / "bench.json").write_text(json.dumps(values))
+    page = page_of(collect([records]), fingerprint=TODAY, now=NOW)
+    (section,) = [section for section in page.sections if section.id == "speed"]
+    (plot,) = [plot for plot in section.plots if "by rank" in plot]
+    name = entry["name"].removesuffix(".r16")
+    assert f"<figcaption>{name} by rank, {values['environment']['device']}<" in plot
+    drawn = re.findall(r">(rank \d+)<.*?>([\d.]+ ms)<", plot)
+    assert drawn == [
+        ("rank 8", "1.25 ms"), ("rank 16", f"{entry['ms']:.2f} ms"), ("rank 128", "1.75 ms"),
+    ]  # fmt: skip
+
+
+@pytest.mark.correctness
 def test_each_plot_says_of_which_machine_it_is(records):
     other = "Another <GPU>"
     for name in ("check", "mutants", "bench"):

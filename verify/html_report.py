@@ -1,7 +1,7 @@
 """Records as one page: HTML without script or request, and Markdown for a job summary."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -255,6 +255,7 @@ def _roofs(found: Found) -> Section:
             plots.append(
                 roofline(points, flops=round(flops), bandwidth=round(slope, 2), title=title)
             )
+        plots += _by_rank(machine, entries)
     return Section(
         id="speed",
         title="Speed against the floor",
@@ -265,6 +266,27 @@ def _roofs(found: Found) -> Section:
         rows=tuple(rows),
         command=_REFRESH["bench"],
     )
+
+
+def _by_rank(machine: str, entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A plot of the times of each benchmark that differs from others in its rank alone, if it has
+    at least three ranks.
+    """
+    groups: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        rank, words = entry.get("R"), str(entry["name"]).split(".")
+        name = ".".join(word for word in words if word != f"r{rank}")
+        if rank and name != entry["name"]:
+            groups.setdefault(name, {})[rank] = entry["ms"]
+    return [
+        bars(
+            {f"rank {rank}": times[rank] for rank in sorted(times)},
+            title=f"{name} by rank, {machine}",
+            unit=" ms",
+        )
+        for name, times in groups.items()
+        if len(times) > 2
+    ]
 
 
 def _bench_row(machine: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
