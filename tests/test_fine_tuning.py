@@ -18,6 +18,7 @@ from plain_layer import references  # noqa: F401
 from safetensors.torch import load_file, save_file
 from test_adapter_laws import EXPERTS, NAMES, facts, logits, model_of
 from test_bitsandbytes import loaded as loaded_anywhere
+from test_bitsandbytes import same_state
 from test_peft import adapted, ours, randomise, wrappers
 from test_transformers import experts_module, operands
 from torch import nn
@@ -104,6 +105,21 @@ def test_a_trainer_goes_on_from_its_checkpoint(packed, tmp_path):
     read = adapters.load_adapter(model_of(packed=packed), tmp_path / "checkpoint-4")
     again = adapters.load_adapter(model_of(packed=packed), tmp_path / "checkpoint-2")
     assert not torch.equal(logits(read), logits(again))
+
+
+def test_a_packed_model_that_has_run_is_decoded_and_saved_like_one_that_has_not(tmp_path):
+    hf_models.tiny_model("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    packed = packing.ExpertsQuantizationConfig()
+    fresh, model = (loaded(tmp_path / "dense", quantization_config=packed) for _ in range(2))
+    logits(model)
+    same_state(fresh.state_dict(), model.state_dict())
+    model.save_pretrained(tmp_path / "packed")
+    same_state(fresh.state_dict(), loaded(tmp_path / "packed").state_dict())
+    expected = fresh.dequantize().state_dict()
+    same_state(expected, model.dequantize().state_dict())
+    read = loaded(tmp_path / "packed")
+    logits(read)
+    same_state(expected, read.dequantize().state_dict())
 
 
 @pytest.mark.parametrize("how", ["adapt", "load"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -207,20 +208,29 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 for operation in getattr(conversion, "operations", ())
             )
         ]
-        if self.quantization_config.linears:
-            return super()._process_model_after_weight_loading(model, **kwargs)
-        return model
+        if not self.quantization_config.linears:
+            return model
+        # bitsandbytes 0.50 repacks a layer that runs on a CPU with AVX-512, and from then on saves
+        # and decodes it wrongly.
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Every stack dense, decoded on its device, and linear layers as transformers does it."""
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Every stack dense, decoded on its device, and linear layers as transformers does it.
+
+        dtype: a model that was saved has the name of its dtype in its configuration.
+        """
+        exact = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for _, module, parameter in list(_stacks(model)):
             packed = _four_bit.parametrised(module, parameter)
             if packed is not None:
-                weight = _four_bit.dense(packed, dtype)
+                weight = _four_bit.dense(packed, exact)
                 _four_bit.remove(module, parameter)
                 module.register_parameter(parameter, nn.Parameter(weight, requires_grad=False))
         if self.quantization_config.linears:
-            return super()._dequantize(model, dtype=dtype)
+            return super()._dequantize(model, dtype=exact)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
