@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import io
 import json
 import re
 import shlex
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from commands import on_the_cpu
+from rich.console import Console
 
 import scattermoe_lora
 from conftest import DEVICE
 from verify import cli
-from verify.commands.common import check_names
+from verify.commands.common import Pulse, check_names
 from verify.findings import read
 from verify.fuzz import Settings
 from verify.records import fingerprint, judges, summary_of
@@ -355,6 +357,32 @@ def test_of_many_names_the_nearest_are_listed():
         check_names("cases", ["smok"], known)
     with pytest.raises(SystemExit, match=r"^--cases: \? is none of 201 names$"):
         check_names("cases", ["?"], known)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_long_run_says_how_far_it_is_where_nobody_sees_a_bar(terminal):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal)
+    late, early = Pulse(console, seconds=0.0), Pulse(console, seconds=60.0)
+    for done in (1, 2):
+        late(f"{done} of [2]")
+        early("too early")
+    assert text.getvalue() == ("" if terminal else "1 of [2]\n2 of [2]\n")
+
+
+def test_what_a_resumed_check_takes_over_is_told(tmp_path, capsys):
+    record = tmp_path / "out" / "check.json"
+    run(tmp_path, "--resume", str(record))
+    words = " ".join(capsys.readouterr().err.split())
+    assert f"there is no {record} to go on with: everything is checked" in words
+    count = len({tuple(o[k] for k in ("case", "dtype", "mode")) for o in read_outcomes(record)})
+    run(tmp_path, "--resume", str(record))
+    words = " ".join(capsys.readouterr().err.split())
+    assert f"{count} of {count} problems are taken over from {record}" in words
+
+
+def read_outcomes(record: Path) -> list[dict]:
+    return json.loads(record.read_text())["outcomes"]
 
 
 @pytest.mark.parametrize("named", [False, True])

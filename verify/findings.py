@@ -149,6 +149,8 @@ def read(path: Path) -> Finding:
     """
     try:
         return Finding.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be replayed: {type(error).__name__}: {error}") from error
     except ValueError as error:

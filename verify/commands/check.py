@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..children import cores
 from .common import (
+    Pulse,
     add_common,
     add_selection,
     check_names,
@@ -135,19 +136,19 @@ def main(arguments: argparse.Namespace) -> int:
         judge=judges(KERNELS),
         selection=selection_of(selection),
     )
-    if arguments.resume and arguments.resume.is_file():
-        problems = _open(problems, arguments.resume, recorder)
+    console, start = Console(stderr=True), time.monotonic()
+    if arguments.resume:
+        problems = _open(problems, arguments.resume, recorder, console)
     if device.type == "cpu":
         # The interpreter's arrays are small: threads only cost.
         torch.set_num_threads(1)
-    console, start = Console(stderr=True), time.monotonic()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    complete, replays = False, Replays(_place(arguments), device)
+    complete, replays, pulse = False, Replays(_place(arguments), device), Pulse(console)
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("checking", total=len(problems))
@@ -160,6 +161,7 @@ def main(arguments: argparse.Namespace) -> int:
                         progress.console.print(line, style="red", markup=False, soft_wrap=True)
                 name = f"{problem.spec.name} {problem.case.name}"
                 progress.update(task, description=name, advance=1)
+                pulse(f"{progress.tasks[0].completed:.0f} of {len(problems)} problems checked")
         complete = True
     finally:
         if recorder.outcomes:
@@ -186,10 +188,18 @@ def _write(recorder: "Recorder", console: Console, *, complete: bool) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _open(problems: Sequence["Problem"], file: Path, recorder: "Recorder") -> tuple["Problem", ...]:
-    """The problems that a record leaves open; what it says of the others is taken over."""
+def _open(
+    problems: Sequence["Problem"], file: Path, recorder: "Recorder", console: Console
+) -> tuple["Problem", ...]:
+    """The problems that a record leaves open, all if there is none; what it says of the others is
+    taken over, which is told.
+    """
     from ..resume import kept
 
+    if not file.is_file():
+        text = f"there is no {file} to go on with: everything is checked"
+        console.print(text, markup=False, soft_wrap=True)
+        return tuple(problems)
     names = {problem.name for problem in problems}
     try:
         outcomes, seconds = kept(file, recorder.record(complete=False), names)
@@ -197,7 +207,10 @@ def _open(problems: Sequence["Problem"], file: Path, recorder: "Recorder") -> tu
         raise SystemExit(f"--resume: {file}: {error}") from None
     recorder.resume(outcomes, seconds)
     done = {outcome.problem for outcome in outcomes}
-    return tuple(problem for problem in problems if problem.name not in done)
+    left = tuple(problem for problem in problems if problem.name not in done)
+    text = f"{len(problems) - len(left)} of {len(problems)} problems are taken over from {file}"
+    console.print(text, markup=False, soft_wrap=True)
+    return left
 
 
 def _absent(

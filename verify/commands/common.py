@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import importlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from rich.console import Console, RenderableType
 
 from ..environment import prepare_interpreter
 
@@ -151,6 +153,23 @@ def check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None
         near = [other for name in unknown for other in difflib.get_close_matches(name, known, n=5)]
         listed = f"{len(known)} names" + (f"; near it: {', '.join(near)}" if near else "")
     raise SystemExit(f"--{option}: {', '.join(unknown)} is none of {listed}")
+
+
+class Pulse:
+    """Says how far a long run is where nobody sees a bar: on a console that is no terminal, a line
+    now and then.
+    """
+
+    def __init__(self, console: Console, *, seconds: float = 30.0) -> None:
+        self._console, self._seconds = console, seconds
+        self._next = time.monotonic() + seconds
+
+    def __call__(self, shown: RenderableType) -> None:
+        """Print it, if it is time."""
+        if self._console.is_terminal or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._seconds
+        self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def on_a_gpu(which: str, device: str | None) -> torch.device:

@@ -16,6 +16,7 @@ from rich.live import Live
 
 from ..children import cores
 from .common import (
+    Pulse,
     add_device,
     add_json,
     amount,
@@ -113,8 +114,9 @@ def main(arguments: argparse.Namespace) -> int:
     names = set(settings.kernels) or {spec.name for spec in KERNELS}
     fingerprint = fingerprints(tree, (spec for spec in KERNELS if spec.name in names))
     seconds = arguments.seconds or 60 * (arguments.minutes or 0) or _FOREVER
-    end, told, complete = time.monotonic() + seconds, 0.0, False
+    end, complete = time.monotonic() + seconds, False
     console = Console(stderr=True)
+    pulse = Pulse(console)
     console.print(f"journals and findings in {directory}", highlight=False)
     try:
         with (
@@ -123,10 +125,9 @@ def main(arguments: argparse.Namespace) -> int:
         ):
             for _ in running:
                 left = end - time.monotonic()
-                live.update(progress(campaign, left if seconds < _FOREVER else 0.0))
-                if not console.is_terminal and time.monotonic() - told > 30:
-                    told = time.monotonic()
-                    console.print(progress(campaign, left))
+                shown = progress(campaign, left if seconds < _FOREVER else 0.0)
+                live.update(shown)
+                pulse(shown)
         complete = True
     except KeyboardInterrupt:
         console.print(f"interrupted; go on with --resume {directory}", highlight=False)
@@ -140,6 +141,8 @@ def main(arguments: argparse.Namespace) -> int:
             write_json(path, values)
         (directory / "fuzz.md").write_text(markdown(values, directory))
     print_summary(Console(), campaign)
+    if not campaign.counts.launches:
+        console.print("no launch came to its end in this time: give it more")
     wrong = [entry for entry in values.get("sanitized", ()) if entry["status"] != "passed"]
     unreached, launches = values["summary"]["unreached_paths"], campaign.counts.launches
     starved = unreached and enough_to_reach_all(launches, len(values["paths"]) + len(unreached))
