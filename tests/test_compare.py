@@ -12,6 +12,7 @@ from conftest import DEVICE
 from verify import numerics
 from verify.cases import Case
 from verify.compare import compare
+from verify.expected import Expected
 from verify.inputs import DTYPES, Inputs, make_inputs
 from verify.models import Arithmetic
 from verify.references import Groups
@@ -372,3 +373,22 @@ def test_a_narrowed_factor_errs_alike_in_every_token():
         got = (dy @ inputs["weight"][0].double().mT + low @ a).bfloat16()
         assert compare("dx", got, expected).ratio <= 1
         assert compare("dx", (got.double() * 1.05).bfloat16(), expected).ratio > 1
+
+
+def test_owners_are_given_for_each_vector_of_an_output():
+    value, owner = torch.randn(37, dtype=torch.float64), torch.zeros(37, dtype=torch.int64)
+
+    def expected(value: Tensor, owner: Tensor) -> Expected:
+        return Expected(
+            value=value,
+            model=numerics.Uncertain.exact(value),
+            dtype=torch.float32,
+            expert=owner,
+            sources=owner,
+            zero=owner.bool(),
+        )
+
+    assert expected(value[:, None], owner).vectors(value[:, None]).shape == (37, 1)
+    words = r"expert is given for 37 vectors, and an output of shape \(37,\) has 1 of length 37"
+    with pytest.raises(ValueError, match=words):
+        expected(value, owner)

@@ -1,5 +1,6 @@
 """What an output should be, and how its elements group when errors are judged."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,6 +29,9 @@ class Expected:
     fitted slope. directions: what the error of a likely fault looks like, per unit of the fault:
     each is fitted to the error alone. coupled: whether shared errors are common to one vector or to
     all vectors of an expert.
+
+    Raises:
+        ValueError: there is not one owner, one number of sources and one zero per vector.
     """
 
     value: Tensor
@@ -42,6 +46,18 @@ class Expected:
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     coupled: Literal["vector", "expert"] = "vector"
+
+    def __post_init__(self) -> None:
+        shape = list(self.value.shape)
+        length = shape.pop(self.vector_dim) if shape else 1
+        for name in ("expert", "sources", "zero"):
+            count = getattr(self, name).numel()
+            if count != math.prod(shape):
+                raise ValueError(
+                    f"{name} is given for {count} vectors, and an output of shape "
+                    f"{tuple(self.value.shape)} has {math.prod(shape)} of length {length} along "
+                    f"dimension {self.vector_dim}"
+                )
 
     def vectors(self, tensor: Tensor) -> Tensor:
         """A tensor in the shape of the output as [vectors, length]."""
