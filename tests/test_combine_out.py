@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import scattermoe_lora as sm
@@ -20,6 +20,7 @@ INDEX = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1]])
     width=st.integers(1, 5),
     strides=st.tuples(st.integers(0, 8), st.integers(0, 8)),
 )
+@example(tokens=1, width=1, strides=(0, 0))
 def test_a_sum_is_written_where_each_element_has_a_place(tokens, width, strides):
     routing = sm.Routing.from_top_k(INDEX[:1].expand(tokens, TOP_K), EXPERTS)
     y = torch.ones(tokens * TOP_K, width)

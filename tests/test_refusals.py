@@ -1,6 +1,8 @@
 """Bad operands are refused before any work, by sentences that name the operand and both facts."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -165,31 +167,33 @@ def factors(change):
     return lambda lora: sm.LoRAWeights(a=change(lora.a), b=change(lora.b), scaling=1.0)
 
 
-def wide(lora):
-    return replace(lora, a=narrow(lora.a))
-
-
-def tall(lora):
-    return replace(lora, b=lora.b[:, :-1])
+def having(field, change):
+    """Factors or a projection with one field changed."""
+    return lambda value: replace(value, **{field: change(getattr(value, field))})
 
 
 def on_path(path):
     return lambda plan: sm.Plan(path=sm.Path(path), tile=TILE, shrink=TILE)
 
 
-DEVICE = "on meta but"
 SLOTS = f"must have shape {[ROWS]} or {[TOKENS, TOP_K]}, got {[TOKENS - 1, TOP_K]}"
-SCALED = (
-    *(("row_scale", fewer, ValueError, SLOTS), ("row_scale", away, ValueError, DEVICE)),
-    ("row_scale", listed, TypeError, "must be a tensor, got list"),
-    ("row_scale", torch.Tensor.int, TypeError, "must be floating point of 16 bits or more"),
-)
-GATED = (
-    *SCALED[1:],
-    *(
-        ("row_scale", change, ValueError, f"gates must have shape {[TOKENS, TOP_K]}, got")
-        for change in (fewer, narrow, torch.Tensor.flatten, torch.Tensor.t)
-    ),
+WIDE, TALL = having("a", narrow), having("b", lambda b: b[:, :-1])
+
+
+def scaled(called):
+    facts = (
+        (fewer, ValueError, SLOTS),
+        (away, ValueError, "is on meta but"),
+        (listed, TypeError, "must be a tensor, got list"),
+        (torch.Tensor.int, TypeError, "must be floating point of 16 bits or more"),
+    )
+    return tuple(("row_scale", change, error, f"{called} {said}") for change, error, said in facts)
+
+
+SCALED = scaled("row_scale")
+GATED = scaled("gates")[1:] + tuple(
+    ("row_scale", change, ValueError, f"gates must have shape {[TOKENS, TOP_K]}, got")
+    for change in (fewer, narrow, torch.Tensor.flatten, torch.Tensor.t)
 )
 ROUTING = ("routing", listed, TypeError, "routing must be of type Routing, got list")
 TARGET = ("target", listed, TypeError, "target must be of type RowOrder, got list")
@@ -216,9 +220,9 @@ LORA = (
     ADAPTER,
     ("lora", away, ValueError, "lora is on meta but x"),
     ("lora", factors(fewer), ValueError, EXPERTS_LOST),
-    ("lora", wide, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
+    ("lora", WIDE, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
     ("lora", factors(torch.Tensor.half), TypeError, "lora is torch.float16; with x in torch.float"),
-    ("lora", tall, ValueError, f"lora.b has output width {N - 1} but the weight has {N}"),
+    ("lora", TALL, ValueError, f"lora.b has output width {N - 1} but the weight has {N}"),
 )
 
 
@@ -233,17 +237,11 @@ def rows_of(name, rows, called=None):
     )
 
 
-def having(field, change):
-    """A projection with one field changed."""
-    return lambda projection: replace(projection, **{field: change(getattr(projection, field))})
-
-
 def paths(operation):
-    own = PATHS[operation]
     return tuple(
         ("plan", on_path(path), ValueError, f"no path '{path.value}'")
         for path in sm.Path
-        if path not in own
+        if path not in PATHS[operation]
     )
 
 
@@ -277,11 +275,12 @@ REFUSED = {
     ),
     lora_input_grad: (
         *rows_of("dy", ROWS, "dy"), *SCALED, *paths(sm.Operation.LORA_INPUT_GRAD),
-        ROUTING, TARGET, ADAPTER, STACK,
-        ("weight", fewer, ValueError, EXPERTS_LOST),
+        ROUTING, TARGET, ADAPTER, STACK, WEIGHT[2],
+        ("weight", torch.Tensor.half, TypeError, "weight is torch.float16 but dy is torch.float32"),
+        ("lora", away, ValueError, "lora is on meta but dy is on"),
         ("weight", narrow, ValueError, f"output width {N - 1} but dy has width {N}"),
-        ("lora", wide, ValueError, f"a takes inputs of width {K - 1} but the weight has width {K}"),
-        ("lora", tall, ValueError, f"b has output width {N - 1} but dy has {N}"),
+        ("lora", WIDE, ValueError, f"a takes inputs of width {K - 1} but the weight has width {K}"),
+        ("lora", TALL, ValueError, f"b has output width {N - 1} but dy has {N}"),
     ),
     shrink: (
         *X, *SCALED, ROUTING,
@@ -292,7 +291,7 @@ REFUSED = {
     ),
     lora_weight_grad: (
         *X, *DY, HALF_DY, *LORA[:-1], *SCALED, *paths(sm.Operation.LORA_WEIGHT_GRAD), ROUTING,
-        ("lora", tall, ValueError, f"lora.b has output width {N - 1} but dy has {N}"),
+        ("lora", TALL, ValueError, f"lora.b has output width {N - 1} but dy has {N}"),
         *rows_of("xa", ROWS), *rows_of("yb", ROWS),
         ("xa", narrow, ValueError, f"xa has width {RANK - 1} but the rank is {RANK}"),
         ("yb", narrow, ValueError, f"yb has width {RANK - 1} but the rank is {RANK}"),
@@ -337,12 +336,10 @@ REFUSED = {
         ("dact", torch.Tensor.half, TypeError, "dact is torch.float16 but h is torch.float32"),
     ),
     experts_mlp: (
-        *rows_of("x", TOKENS, "hidden")[1:2],
+        *rows_of("x", TOKENS, "hidden")[1:2], *rows_of("x", TOKENS, "hidden")[3:],
         ("x", lambda v: v[0], ValueError, f"hidden must be [tokens, H], got shape {[K]}"),
-        ("x", torch.Tensor.double, TypeError, "hidden must be float32, float16 or bfloat16"),
         *GATED, ROUTING,
         ("activation", listed, TypeError, "activation must be of type Activation, got list"),
-        ("x", listed, TypeError, "hidden must be a tensor, got list"),
         *(
             (name, change, TypeError, f"{called} must {words}, got list")
             for name in ("gate_up", "down")
@@ -371,8 +368,8 @@ REFUSED = {
                 (("bias", away), ValueError, f"{name}.bias is on meta but hidden is on"),
                 (("bias", narrow), ValueError, f"{name}.bias must have shape {[EXPERTS, n]}, got"),
                 (("lora", away), ValueError, f"{name}.lora is on meta but hidden is on"),
-                (("lora", wide), ValueError, f"{name}.lora.a takes inputs of width"),
-                (("lora", tall), ValueError, f"output width {n - 1} but the weight has {n}"),
+                (("lora", WIDE), ValueError, f"{name}.lora.a takes inputs of width"),
+                (("lora", TALL), ValueError, f"output width {n - 1} but the weight has {n}"),
                 (("lora", factors(fewer)), ValueError, f"{name}.lora {EXPERTS_LOST}"),
             )
         ),
@@ -388,12 +385,13 @@ def test_each_operand_is_refused_by_name_and_with_both_facts(good, function, mon
     for name, change, error, words in REFUSED[function]:
         with pytest.raises(error) as raised:
             function({**good, name: change(good[name])})
-        assert words in str(raised.value), name
+        assert says(raised.value, words), name
         assert not launched, name
 
 
-def made(kind, **wrong):
-    return lambda: kind(**wrong)
+def says(error, words):
+    """Whether these words, the first of them whole, are in an error's sentence."""
+    return re.search(rf"(?<!\w){re.escape(words)}", str(error))
 
 
 def tile(**wrong):
@@ -408,8 +406,7 @@ def from_sorted(experts_of_rows, slots, top_k=1, experts=EXPERTS):
     return lambda: sm.Routing.from_sorted(experts_of_rows, slots, top_k=top_k, experts=experts)
 
 
-IDS = torch.arange(3)
-ROW = torch.ones(1, 1, 1)
+IDS, ROW = torch.arange(3), torch.ones(1, 1, 1)
 STORED = Dense(data=torch.ones(EXPERTS, 4, 8))
 PACKED = Int8RowWise(
     data=torch.ones(EXPERTS, 4, 8, dtype=torch.int8), row_scale=torch.ones(EXPERTS * 4)
@@ -432,26 +429,26 @@ VALUES = (
     *((tile(warps=count), ValueError, f"warps must be a power of two, got {count}")
       for count in (0, 3, -4)),
     (tile(stages=0), ValueError, "stages must be at least 1, got 0"),
-    (made(sm.Activation, limit=0.0), ValueError, "limit must be positive, got 0.0"),
-    (made(sm.Activation, limit=float("nan")), ValueError, "limit must be positive, got nan"),
-    *((made(sm.Activation, gate=ops.Gate.TANH, **wrong), ValueError, "tanh gate has alpha 1 and")
+    (partial(sm.Activation, limit=0.0), ValueError, "limit must be positive, got 0.0"),
+    (partial(sm.Activation, limit=float("nan")), ValueError, "limit must be positive, got nan"),
+    *((partial(sm.Activation, gate=ops.Gate.TANH, **wrong), ValueError, "tanh gate has alpha 1 and")
       for wrong in ({"alpha": 1.5}, {"shift": 1.0})),
     *((from_top_k(torch.ones(2, 2, dtype=dtype)), TypeError, f"must hold integers, got {dtype}")
       for dtype in (torch.float32, torch.bool, torch.complex64, torch.complex128, torch.uint16)),
     *((from_top_k(IDS[None], count), TypeError, f"experts must be an integer, got {name}")
       for count, name in ((4.0, "float"), (torch.tensor(4), "Tensor"))),
-    *((made(sm.LoRAWeights, a=ROW, b=ROW, scaling=wrong), TypeError, f"be a number, got {name}")
+    *((partial(sm.LoRAWeights, a=ROW, b=ROW, scaling=wrong), TypeError, f"be a number, got {name}")
       for wrong, name in ((torch.tensor(2.0, requires_grad=True), "Tensor"), ("2", "str"),
                           (None, "NoneType"))),
-    *((made(sm.Plans, **{name: "gram"}), TypeError, f"the plan of {name} must be of type Plan")
+    *((partial(sm.Plans, **{name: "gram"}), TypeError, f"the plan of {name} must be of type Plan")
       for name in ("forward", "input_grad", "weight_grad")),
     (lambda: sm.candidates(None, "cpu"), TypeError, "that Device.of tells of a device, got str"),
     (from_top_k([[0, 1]]), TypeError, "top_k_index must be a tensor, got list"),
     (from_sorted([0], IDS), TypeError, "expert_of_row must be a tensor, got list"),
     (from_sorted(IDS, [0]), TypeError, "slots must be a tensor, got list"),
-    *((made(sm.LoRAWeights, scaling=1.0, **{"a": ROW, "b": ROW, name: [0]}), TypeError,
+    *((partial(sm.LoRAWeights, scaling=1.0, **{"a": ROW, "b": ROW, name: [0]}), TypeError,
        f"lora.{name} must be a tensor, got list") for name in "ab"),
-    (made(sm.Activation, gate="sigmoid"), TypeError, "gate must be a Gate, got str"),
+    (partial(sm.Activation, gate="sigmoid"), TypeError, "gate must be a Gate, got str"),
     (from_top_k(IDS), ValueError, "must be [tokens, top_k], got shape [3]"),
     (from_top_k(IDS[None], 2), ValueError, "chooses 3 experts per token, but there are 2"),
     (from_top_k(IDS[None], 0), ValueError, "experts must be at least 1, got 0"),
@@ -466,10 +463,10 @@ VALUES = (
     (from_sorted(IDS, IDS, top_k=0), ValueError, "must be at least 1, got 0 and 3"),
     (from_sorted(IDS, IDS, experts=0), ValueError, "must be at least 1, got 1 and 0"),
     (from_sorted(IDS, IDS, top_k=2), ValueError, "3 rows are not a multiple of top_k = 2"),
-    *((made(DequantizePlan, **{"block": 64, "warps": 4, name: value}), ValueError,
+    *((partial(DequantizePlan, **{"block": 64, "warps": 4, name: value}), ValueError,
        f"{name} must be a power of two, got {value}")
       for name, value in (("block", 96), ("block", 0), ("warps", 3), ("warps", 0))),
-    (made(DequantizePlan, block=32, warps=4), ValueError, "at least 64 elements, got 32"),
+    (partial(DequantizePlan, block=32, warps=4), ValueError, "at least 64 elements, got 32"),
     *((call, error, words)
       for calls, error, words in (
           (both([0]), TypeError, "must be a tensor, a range or None, got list"),
@@ -477,7 +474,7 @@ VALUES = (
           (both(IDS[None]), ValueError, "must be [selected], got shape [1, 3]"),
           (both(IDS.to("meta")), ValueError, "expert_ids is on meta but the experts are on cpu"),
           (both(range(0, 3, 2)), ValueError, "must have step 1, got 2"),
-          (both(range(1, 4)), ValueError, "holds 3, but experts are 0 to 2"),
+          (both(range(4)), ValueError, "holds 3, but experts are 0 to 2"),
           (both(range(-1, 2)), ValueError, "holds -1, but experts are 0 to 2"),
           (both(IDS + 1), ValueError, "holds 3, but experts are 0 to 2"),
           (both(IDS - 1), ValueError, "holds -1, but experts are 0 to 2"),
@@ -497,4 +494,4 @@ VALUES = (
 def test_values_that_describe_nothing_are_refused(call, error, words):
     with pytest.raises(error) as raised:
         call()
-    assert words in str(raised.value)
+    assert says(raised.value, words)

@@ -99,3 +99,22 @@ def test_counts_may_be_of_any_integer_type(kind):
         sm.Routing.from_top_k(index, float(EXPERTS))
     with pytest.raises(TypeError, match="experts must be an integer, got bool"):
         sm.Routing.from_top_k(index, experts=True)
+
+
+def sorted_here(ids, **told):
+    return sm.Routing.from_top_k(ids[:, None], EXPERTS, **told)
+
+
+def sorted_before(ids, **told):
+    return routed(ids, ids, **told)
+
+
+@pytest.mark.parametrize("made", [sorted_here, sorted_before])
+def test_ids_that_are_not_on_a_cpu_are_read_only_where_that_is_asked(made):
+    """Reading them would wait for the device; those on meta have no values."""
+    ids = IDS.to("meta")
+    for told in ({}, {"validate": False}):
+        with pytest.raises(RuntimeError, match="the operands are on meta, where no kernel runs"):
+            made(ids, **told)
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        made(ids, validate=True)
