@@ -11,7 +11,7 @@ pytest.importorskip("bitsandbytes")
 
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_adapter_laws import EXPERTS, NAMES, facts, model_of
-from test_peft import randomise
+from test_peft import adapted, randomise
 from transformers import BitsAndBytesConfig
 
 import scattermoe_lora.integrations.transformers as layer
@@ -223,3 +223,13 @@ def test_devices_that_are_not_there_are_refused(monkeypatch, seen):
         with pytest.raises(ValueError, match=words):
             packing.quantize_experts(model, device=device)
     assert same(tensors(model), values)
+
+
+def test_adapters_on_experts_with_a_norm_are_refused_and_stay_as_they_are():
+    model = adapted(model_of())
+    for module in hf_models.experts_of(model):
+        module.has_post_expert_norm = True
+    before = state(model)
+    with pytest.raises(layer.UnsupportedExpertsError, match="normalises the output of each expert"):
+        adapters.attach(model)
+    assert state(model) == before
