@@ -16,7 +16,7 @@ from test_transformers import clamped, experts_module
 from torch import nn
 
 import scattermoe_lora.integrations.transformers as layer
-from scattermoe_lora.integrations import _activation, _experts, loading, model_types
+from scattermoe_lora.integrations import _activation, _experts, loading, model_types, peft
 from scattermoe_lora.integrations import bitsandbytes as packing
 from scattermoe_lora.integrations.profiler import ProfilerCallback
 from scattermoe_lora.ops import Activation
@@ -245,3 +245,10 @@ def test_nothing_is_written_that_is_not_asked_for(tmp_path):
     steps(callback, 2)
     callback.on_train_end(None, None, None)
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_parameters_are_named_of_experts_with_a_gate_and_without(gated):
+    model = nn.ModuleDict({"experts": experts_module(has_gate=gated)})
+    up = "experts.gate_up_proj" if gated else "experts.up_proj"
+    assert peft.expert_parameters(model) == [up, "experts.down_proj"]
