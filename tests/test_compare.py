@@ -389,6 +389,7 @@ def test_owners_are_given_for_each_vector_of_an_output():
         )
 
     assert expected(value[:, None], owner).vectors(value[:, None]).shape == (37, 1)
+    assert expected(value[:0], owner[:1]).vectors(value[:0, None]).shape == (0, 1)
     words = r"expert is given for 37 vectors, and an output of shape \(37,\) has 1 of length 37"
     with pytest.raises(ValueError, match=words):
         expected(value, owner)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import scattermoe_lora
 from conftest import DEVICE
 from verify.cases import SMOKE
 from verify.commands import fuzz as command
@@ -25,8 +26,10 @@ from verify.drawing import memory_needed
 from verify.draws import Draw
 from verify.fuzz import Campaign, Counts, Settings, has_room
 from verify.fuzz_summary import print_summary
+from verify.fuzz_worker import Worker
+from verify.journal import Journal, read
 from verify.parallel import footprint
-from verify.run import Outcome
+from verify.run import Outcome, Workbench
 from verify.sanitize import EVERY_PLAN, Job
 from verify.specs import KERNELS
 
@@ -255,3 +258,29 @@ def test_every_fault_can_be_planted_in_the_sources_of_today(kernel, fault, tmp_p
     ]
     (path,) = changed
     ast.parse((tree / path.relative_to(broken_kernels.PACKAGE)).read_text())
+
+
+class Gone(io.StringIO):
+    """A pipe that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@interpreted
+def test_a_launch_whose_campaign_is_killed_has_no_end_and_is_made_again(tmp_path):
+    path = tmp_path / "journal-000-0001.jsonl"
+    worker = Worker(
+        lib=scattermoe_lora,
+        kernels={spec.name: spec for spec in KERNELS},
+        device=torch.device("cpu"),
+        journal=Journal(path),
+        answers=Gone(),
+        bench=Workbench(),
+    )
+    draw = Draw(kernel="group", case=SMOKE[0], dtype="float32", mode="balanced")
+    with pytest.raises(SystemExit, match="the campaign is gone"):
+        worker.run(1, draw)
+    assert [line.get("launch") for line in read(path)] == [1]
+    (again,) = Campaign(tmp_path, Settings(devices=("cpu",)), {}).pending
+    assert (again.kernel, again.case) == (draw.kernel, draw.case)

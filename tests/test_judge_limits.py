@@ -206,7 +206,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 9])
-def test_every_sum_below_the_normal_numbers_is_rounded_to_the_smallest_one(top_k):
+def test_products_below_the_normal_numbers_are_rounded_once_each_in_a_sum(top_k):
     """fp32 rows of subnormal numbers, multiplied by their gates and summed in fp32."""
     case = replace(
         PARALLEL, tokens=6304, experts=107, top_k=top_k, rank=16, routing=RoutingKind("uniform"),

@@ -219,7 +219,7 @@ BIAS = (
 LORA = (
     ADAPTER,
     ("lora", away, ValueError, "lora is on meta but x"),
-    ("lora", factors(fewer), ValueError, EXPERTS_LOST),
+    ("lora", factors(fewer), ValueError, "lora " + EXPERTS_LOST),
     ("lora", WIDE, ValueError, f"takes inputs of width {K - 1} but x has width {K}"),
     ("lora", factors(torch.Tensor.half), TypeError, "lora is torch.float16; with x in torch.float"),
     ("lora", TALL, ValueError, f"lora.b has output width {N - 1} but the weight has {N}"),
@@ -275,7 +275,8 @@ REFUSED = {
     ),
     lora_input_grad: (
         *rows_of("dy", ROWS, "dy"), *SCALED, *paths(sm.Operation.LORA_INPUT_GRAD),
-        ROUTING, TARGET, ADAPTER, STACK, WEIGHT[2],
+        ROUTING, TARGET, ADAPTER, STACK,
+        ("weight", fewer, ValueError, "weight " + EXPERTS_LOST),
         ("weight", torch.Tensor.half, TypeError, "weight is torch.float16 but dy is torch.float32"),
         ("lora", away, ValueError, "lora is on meta but dy is on"),
         ("weight", narrow, ValueError, f"output width {N - 1} but dy has width {N}"),
@@ -474,6 +475,7 @@ VALUES = (
           (both(IDS[None]), ValueError, "must be [selected], got shape [1, 3]"),
           (both(IDS.to("meta")), ValueError, "expert_ids is on meta but the experts are on cpu"),
           (both(range(0, 3, 2)), ValueError, "must have step 1, got 2"),
+          (both(range(1, 4)), ValueError, "holds 3, but experts are 0 to 2"),
           (both(range(4)), ValueError, "holds 3, but experts are 0 to 2"),
           (both(range(-1, 2)), ValueError, "holds -1, but experts are 0 to 2"),
           (both(IDS + 1), ValueError, "holds 3, but experts are 0 to 2"),

@@ -48,9 +48,17 @@ class Worker:
     bench: Workbench
 
     def answer(self, **values: Any) -> None:
-        """One line to the parent."""
-        self.answers.write(json.dumps(values) + "\n")
-        self.answers.flush()
+        """One line to the parent.
+
+        Raises:
+            SystemExit: there is no parent any more. The launch then has no end in the journal, and
+                a resumed campaign makes it again.
+        """
+        try:
+            self.answers.write(json.dumps(values) + "\n")
+            self.answers.flush()
+        except BrokenPipeError:
+            raise SystemExit("the campaign is gone") from None
 
     def run(self, number: int, draw: Draw) -> bool:
         """Run one draw; whether the process can go on."""

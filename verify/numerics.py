@@ -252,8 +252,8 @@ def freedom(variance: Tensor, right: Tensor) -> Tensor:
 def summed(x: Uncertain, dim: int) -> Uncertain:
     """Sum over `dim`, accumulated in fp32; errors of the summands are taken as independent.
 
-    Below the normal numbers every product and every sum is rounded to the nearest multiple of the
-    smallest one.
+    Below the normal numbers each summand, a product that nothing rounded before, is rounded to the
+    nearest multiple of the smallest one; sums of such multiples are exact.
     """
 
     def part(variance: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def summed(x: Uncertain, dim: int) -> Uncertain:
     value, length = x.value.double().sum(dim), x.value.shape[dim]
     spread = x.value.double().square().sum(dim) + value.square()
     drift = part(x.drift) + accumulation_epsilon(length) ** 2 * spread
-    drift = drift + 2 * length * _SMALLEST**2 / 12
+    drift = drift + length * _SMALLEST**2 / 12
     return Uncertain(value, _zero(value), part(x.local) + part(x.shared), drift)
 
 

@@ -210,8 +210,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         ]
         if not self.quantization_config.linears:
             return model
-        # bitsandbytes 0.50 repacks a layer that runs on a CPU with AVX-512, and from then on saves
-        # and decodes it wrongly.
+        # bitsandbytes 0.50 repacks a layer that runs in eval mode on a CPU with AVX-512 BF16, and
+        # from then on saves and decodes it wrongly.
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False

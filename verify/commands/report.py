@@ -51,8 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         tiles = [[tile.title, tile.value, tile.note, tile.state] for tile in page.tiles]
         write_json(arguments.json, {"command": "report", "good": page.good, "tiles": tiles})
+    told = Console(stderr=True, soft_wrap=True)
     for path in filter(None, (arguments.html, arguments.markdown)):
-        Console(stderr=True, soft_wrap=True).print(f"wrote {path}", markup=False, highlight=False)
+        told.print(f"wrote {path}", markup=False, highlight=False)
     if not (arguments.html or arguments.markdown):
         Console(soft_wrap=True).print(markdown, markup=False, highlight=False)
     return 0

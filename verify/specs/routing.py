@@ -140,15 +140,15 @@ def _reference(inputs: Inputs, how: Arithmetic) -> Mapping[str, Expected]:
 
 
 def _exactly(value: Tensor) -> Expected:
-    lines = value.double() if value.ndim > 1 else value.double().unsqueeze(-1)
-    owner = torch.zeros(lines.shape[0], dtype=torch.int64, device=value.device)
+    vectors = len(value) if value.ndim > 1 else 1
+    owner = torch.zeros(vectors, dtype=torch.int64, device=value.device)
     return Expected(
         value=value.double(),
         model=Uncertain.exact(value.double()),
         dtype=torch.float64,
-        expert=owner if value.ndim > 1 else owner[:1],
-        sources=torch.ones_like(owner if value.ndim > 1 else owner[:1]),
-        zero=torch.zeros_like(owner if value.ndim > 1 else owner[:1], dtype=torch.bool),
+        expert=owner,
+        sources=torch.ones_like(owner),
+        zero=torch.zeros_like(owner, dtype=torch.bool),
     )
 
 
