@@ -371,18 +371,14 @@ def test_a_long_run_says_how_far_it_is_where_nobody_sees_a_bar(terminal):
 
 
 def test_what_a_resumed_check_takes_over_is_told(tmp_path, capsys):
-    record = tmp_path / "out" / "check.json"
-    run(tmp_path, "--resume", str(record))
+    file = tmp_path / "out" / "check.json"
+    _, record = run(tmp_path, "--resume", str(file))
     words = " ".join(capsys.readouterr().err.split())
-    assert f"there is no {record} to go on with: everything is checked" in words
-    count = len({tuple(o[k] for k in ("case", "dtype", "mode")) for o in read_outcomes(record)})
-    run(tmp_path, "--resume", str(record))
+    assert f"there is no {file} to go on with: everything is checked" in words
+    count = len({tuple(o[k] for k in ("case", "dtype", "mode")) for o in record["outcomes"]})
+    run(tmp_path, "--resume", str(file))
     words = " ".join(capsys.readouterr().err.split())
-    assert f"{count} of {count} problems are taken over from {record}" in words
-
-
-def read_outcomes(record: Path) -> list[dict]:
-    return json.loads(record.read_text())["outcomes"]
+    assert f"{count} of {count} problems are taken over from {file}" in words
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -142,7 +142,7 @@ def main(arguments: argparse.Namespace) -> int:
         (directory / "fuzz.md").write_text(markdown(values, directory))
     print_summary(Console(), campaign)
     if not campaign.counts.launches:
-        console.print(f"no launch came to its end in {seconds:.0f} s: give it more")
+        console.print("no launch came to its end: give it more time")
     wrong = [entry for entry in values.get("sanitized", ()) if entry["status"] != "passed"]
     unreached, launches = values["summary"]["unreached_paths"], campaign.counts.launches
     starved = unreached and enough_to_reach_all(launches, len(values["paths"]) + len(unreached))
